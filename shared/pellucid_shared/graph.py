@@ -1,0 +1,307 @@
+"""The intervention graph: nodes in program order, regions, and its one canonical JSON.
+
+A node's id is its position. Four op ids are the graph's own; every other is in the op registry:
+
+    site.get(site)                      read a tensor where the model makes it
+    site.set(site, value)               replace it; yields nothing
+    module.apply(module, *args, **kw)   call a module of the model out of order
+    save(value[, "name"])               send a value, or a structure of values, back; yields nothing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from .errors import GraphError, LimitError
+from .values import Ref, Site, Value, decode, dumps, encode, refs
+
+VERSION = 1
+MAX_BYTES = 8 * 2**20
+MAX_DEPTH = 64
+
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
+_BRACKETS = re.compile(r"[\[\]{}]")
+
+GET, SET, APPLY, SAVE = "site.get", "site.set", "module.apply", "save"
+CORE_OPS = (GET, SET, APPLY, SAVE)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation. ``region`` is the index of the region it belongs to."""
+
+    op: str
+    args: tuple[Value, ...] = ()
+    kwargs: Mapping[str, Value] = field(default_factory=dict)
+    region: int = 0
+
+    def refs(self) -> Iterator[int]:
+        """Positions of the nodes this one takes values from, in order, with repeats."""
+        for value in (*self.args, *self.kwargs.values()):
+            yield from refs(value)
+
+    @property
+    def site(self) -> Site:
+        """The site of a ``site.get`` or ``site.set`` node."""
+        site = self.args[0]
+        assert isinstance(site, Site)
+        return site
+
+
+@dataclass(frozen=True, slots=True)
+class Invoke:
+    """One input of a trace: text, texts, or token ids.
+
+    Attributes:
+        input: a str, a list of str (a batch), a list of ids, or a list of lists of ids (a batch).
+        mask: optional attention mask, a list of lists of 0 and 1 beside a batch of ids of one length.
+    """
+
+    input: str | list[str] | list[int] | list[list[int]]
+    mask: list[list[int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A region: one forward pass over its invokes."""
+
+    invokes: tuple[Invoke, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A whole experiment: the model's name, regions, and nodes in program order."""
+
+    model: str
+    regions: tuple[Trace, ...]
+    nodes: tuple[Node, ...]
+
+    def to_json(self) -> bytes:
+        """The canonical bytes: the same experiment gives the same bytes.
+
+        Raises:
+            GraphError: a value has no JSON spelling; names the node.
+        """
+        return dumps(
+            {
+                "version": VERSION,
+                "model": self.model,
+                "regions": [_encode_region(r) for r in self.regions],
+                "nodes": [_encode_node(i, n) for i, n in enumerate(self.nodes)],
+            }
+        )
+
+    @staticmethod
+    def from_json(data: bytes | str) -> Graph:
+        """Read a graph. Structure only; ``lint`` states the invariants.
+
+        Raises:
+            GraphError: not a graph of this version; names the node where one is at fault.
+            LimitError: over 8 MiB of JSON, or nested deeper than 64.
+        """
+        return Graph.from_object(loads(data))
+
+    @staticmethod
+    def from_object(data: Any) -> Graph:
+        """Read a graph from parsed JSON; raises as :meth:`from_json`."""
+        top = _object(data, "a graph", {"version", "model", "regions", "nodes"}, set())
+        if top["version"] != VERSION or isinstance(top["version"], bool):
+            _bad(f"graph version {top['version']!r} is not known here; this reads version {VERSION}")
+        if not isinstance(top["model"], str) or not top["model"]:
+            _bad("a graph names its model")
+        if not isinstance(top["regions"], list) or not isinstance(top["nodes"], list):
+            _bad("regions and nodes are lists")
+        return Graph(
+            decode(top["model"]),
+            tuple(_decode_region(r) for r in top["regions"]),
+            tuple(_decode_node(i, n) for i, n in enumerate(top["nodes"])),
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the canonical bytes."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def save_names(self) -> dict[int, str]:
+        """Position of each ``save`` node -> the name its value comes back under."""
+        names: dict[int, str] = {}
+        for position, node in enumerate(self.nodes):
+            if node.op == SAVE:
+                names[position] = node.args[1] if len(node.args) > 1 else f"saved_{len(names)}"
+        return names
+
+    def sites(self) -> dict[int, Site]:
+        """Position of each node that touches a site -> that site."""
+        return {i: n.site for i, n in enumerate(self.nodes) if n.op in (GET, SET)}
+
+
+def loads(data: bytes | str) -> Any:
+    """Parse JSON within limits: size and depth before parsing, no NaN, no overflowing float, no twin keys.
+
+    Raises:
+        GraphError: not JSON, or JSON a graph may not hold.
+        LimitError: over ``MAX_BYTES`` or ``MAX_DEPTH``.
+    """
+    if isinstance(data, bytes):
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise GraphError(f"the request is not UTF-8 (byte {error.start})") from None
+    else:
+        text = data
+    if len(data) > MAX_BYTES:
+        raise LimitError(f"the graph is {len(data)} bytes; at most {MAX_BYTES} are taken")
+    if (depth := _depth(text)) > MAX_DEPTH:
+        raise LimitError(f"the JSON is nested {depth} deep; at most {MAX_DEPTH} is taken")
+    try:
+        return json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique_keys
+        )
+    except json.JSONDecodeError as error:
+        raise GraphError(f"the request is not JSON: {error}") from None
+    except ValueError as error:  # an integer literal past Python's digit limit
+        raise GraphError(f"a number is not acceptable: {error}") from None
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(_STRINGS.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _encode_region(region: Trace) -> dict[str, Any]:
+    invokes = []
+    for invoke in region.invokes:
+        data: dict[str, Any] = {"input": invoke.input}
+        if invoke.mask is not None:
+            data["mask"] = invoke.mask
+        invokes.append(data)
+    return {"kind": "trace", "invokes": invokes}
+
+
+def _decode_region(data: Any) -> Trace:
+    top = _object(data, "a region", {"kind", "invokes"}, set())
+    if top["kind"] != "trace":
+        _bad(f"region kind {top['kind']!r} is not known here; known: trace")
+    if not isinstance(top["invokes"], list):
+        _bad("a trace's invokes are a list")
+    return Trace(tuple(_decode_invoke(i, v) for i, v in enumerate(top["invokes"])))
+
+
+def _decode_invoke(index: int, data: Any) -> Invoke:
+    top = _object(data, f"invoke {index}", {"input"}, {"mask"})
+    value = top["input"]
+    texts = isinstance(value, str) or (_list_of(value, str) and value)
+    ids = _list_of(value, int)
+    batch = isinstance(value, list) and bool(value) and all(_list_of(row, int) for row in value)
+    if not (texts or ids or batch):
+        _bad(f"invoke {index}: an input is a str, a list of str, ids, or a list of lists of ids")
+    mask = top.get("mask")
+    if "mask" in top:
+        rows_fit = (
+            batch
+            and isinstance(mask, list)
+            and len(mask) == len(value)
+            and all(_list_of(m, int) and len(m) == len(r) for m, r in zip(mask, value, strict=True))
+            and all(bit in (0, 1) for row in mask for bit in row)
+        )
+        if not rows_fit:
+            _bad(f"invoke {index}: a mask is rows of 0 and 1, as long as the rows of ids beside it")
+    return Invoke(decode(value), mask)
+
+
+def _encode_node(position: int, node: Node) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = {"op": node.op}
+        if node.args:
+            data["args"] = [encode(v) for v in node.args]
+        if node.kwargs:
+            data["kwargs"] = {k: encode(v) for k, v in node.kwargs.items()}
+        if node.region:
+            data["region"] = node.region
+        return data
+    except GraphError as error:
+        raise type(error)(error.message, node=position) from None
+
+
+def _decode_node(position: int, data: Any) -> Node:
+    try:
+        top = _object(data, "a node", {"op"}, {"args", "kwargs", "region"})
+        op, args, kwargs = top["op"], top.get("args", []), top.get("kwargs", {})
+        region = top.get("region", 0)
+        if not isinstance(op, str) or not op:
+            _bad("a node's op is a name")
+        if not isinstance(args, list) or not isinstance(kwargs, dict):
+            _bad("a node's args are a list and its kwargs an object")
+        if not isinstance(region, int) or isinstance(region, bool) or region < 0:
+            _bad(f"a node's region is a position, found {region!r}")
+        if any(key in top and not top[key] for key in ("args", "kwargs", "region")):
+            _bad("a node leaves out what is empty")
+        return Node(
+            decode(op),
+            tuple(decode(v) for v in args),
+            {decode(k): decode(v) for k, v in kwargs.items()},
+            region,
+        )
+    except GraphError as error:
+        raise type(error)(f"node {position}: {error.message}", node=position) from None
+
+
+def _object(data: Any, what: str, required: set[str], optional: set[str]) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        _bad(f"{what} is a JSON object, found {type(data).__name__}")
+    if missing := required - set(data):
+        _bad(f"{what} lacks {', '.join(sorted(missing))}")
+    if unknown := set(data) - required - optional:
+        _bad(f"{what} has no {', '.join(sorted(unknown))[:80]}")
+    return data
+
+
+def _list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise GraphError(f'{name} is not JSON; a graph spells it {{"float": "{name.lower()}"}}')
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise GraphError(f"the number {text[:40]} is too large for a float")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise GraphError("an object names a key twice")
+    return result
+
+
+def _bad(message: str) -> NoReturn:
+    raise GraphError(message)
+
+
+__all__ = [
+    "APPLY",
+    "CORE_OPS",
+    "GET",
+    "SAVE",
+    "SET",
+    "Graph",
+    "Invoke",
+    "Node",
+    "Ref",
+    "Site",
+    "Trace",
+    "loads",
+]

@@ -1,0 +1,14 @@
+"""The op registry: every operation a graph may name. Importing it registers all families."""
+
+from .registry import (
+    REQUIRED,
+    Alias,
+    Cost,
+    Kind,
+    Op,
+    Param,
+    all_ops,
+    lookup,
+)
+
+__all__ = ["REQUIRED", "Alias", "Cost", "Kind", "Op", "Param", "all_ops", "lookup"]
