@@ -123,7 +123,7 @@ class ModelCard(_Frozen):
         revision: the source's revision (a commit), or None.
         class_name: the transformers class.
         base_model_prefix: path of the base model; names absent at the root resolve through it.
-        fingerprint: SHA-256 over what decides results bit for bit: weights' identity, dtype, versions, device.
+        fingerprint: SHA-256 over what decides results bit for bit: weights, dtype, versions, device.
         dtype: the parameters' dtype.
         parameters: number of parameters.
         vocab_size, max_tokens: bounds on ids and prompt length; max_tokens is None where the model has none.
@@ -188,10 +188,7 @@ def leaves(
 
 
 def leaf_at(structure: Structure, path: tuple[int | str, ...]) -> Structure | None:
-    """The part of a structure at ``path``, or None where there is none.
-
-    A model output's fields are reached by name, or by position as in transformers.
-    """
+    """The part of a structure at ``path``, or None where there is none."""
     for step in path:
         if isinstance(structure, Sequence) and isinstance(step, int) and step < len(structure.items):
             structure = structure.items[step]

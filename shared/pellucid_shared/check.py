@@ -1,0 +1,177 @@
+"""Does this graph fit this model? Shapes, dtypes, sites, order and cost, from the card and the registry alone.
+
+The client asks before it sends, the gateway before it queues, the engine before it compiles: one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .apply import infer_apply
+from .card import ModelCard, OpaqueLeaf, PlainLeaf, TensorLeaf, leaf_at, leaves
+from .errors import GraphError, PellucidError, ShapeError, SiteError, UnknownModuleError, did_you_mean
+from .graph import APPLY, GET, SAVE, SET, Graph, Node
+from .ops import Cost, lookup
+from .specs import DTYPES, Spec, TensorSpec, is_floating, same_size
+from .storage import Timeline, timeline
+from .values import ModuleRef, Ref, Site, TensorRef, Value, substitute
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What is known of a graph before it runs.
+
+    Attributes:
+        specs: per node, the spec of its value; None where it yields none.
+        bound: per registry node, its arguments by parameter name, specs for tensors; else None.
+        timeline: when each node can run, and on which storage.
+        cost: of all nodes together, the model's own pass not counted.
+    """
+
+    specs: tuple[Spec, ...]
+    bound: tuple[dict[str, Any] | None, ...]
+    timeline: Timeline
+    cost: Cost
+
+
+def check(graph: Graph, card: ModelCard, sizes: Sequence[Size], tensors: Mapping[str, TensorSpec]) -> Checked:
+    """Check a linted graph against a model.
+
+    Args:
+        sizes: (batch, tokens) of each invoke, as its body sees them.
+        tensors: specs of the literals in the safetensors part, by digest.
+
+    Raises:
+        GraphError: or one of its subclasses, with ``node`` set.
+    """
+    specs: list[Spec] = []
+    bounds: list[dict[str, Any] | None] = []
+    flops = size = 0
+    for position, node in enumerate(graph.nodes):
+        try:
+            spec, bound, cost = check_node(node, specs, card, sizes, tensors)
+        except PellucidError as error:
+            if error.node is None:
+                error.node = position
+            raise
+        specs.append(spec)
+        bounds.append(bound)
+        flops, size = flops + cost.flops, size + cost.bytes
+    return Checked(tuple(specs), tuple(bounds), timeline(graph, card, bounds), Cost(flops, size))
+
+
+def check_node(
+    node: Node,
+    specs: Sequence[Spec],
+    card: ModelCard,
+    sizes: Sequence[Size],
+    tensors: Mapping[str, TensorSpec],
+) -> tuple[Spec, dict[str, Any] | None, Cost]:
+    """Spec, bound arguments and cost of one node, given the specs of those before it."""
+
+    def resolve(value: Value) -> Any:
+        if isinstance(value, Ref):
+            return specs[value.node]
+        if isinstance(value, TensorRef):
+            if value.digest not in tensors:
+                raise GraphError(f"the tensor {value.digest} is named but was not sent with the request")
+            return tensors[value.digest]
+        return value
+
+    if node.op == GET:
+        return site_spec(node.site, card, sizes), None, Cost(0, 0)
+    if node.op == SET:
+        target = site_spec(node.site, card, sizes)
+        _check_write(node.site, target, resolve(node.args[1]))
+        return None, None, Cost(0, target.nbytes)
+    args = [substitute(v, resolve) for v in node.args]
+    kwargs = {k: substitute(v, resolve) for k, v in node.kwargs.items()}
+    if node.op == SAVE:
+        return None, None, Cost(0, _nbytes(args[0]))
+    if node.op == APPLY:
+        module = args[0]
+        assert isinstance(module, ModuleRef)
+        known_module(module.path, card)
+        spec, cost = infer_apply(module.path, args[1:], kwargs, card)
+        return spec, None, cost
+    op = lookup(node.op)
+    bound = op.bind(args, kwargs)
+    result = op.rule(bound)
+    return result, bound, op.cost(bound, result)
+
+
+def known_module(path: str, card: ModelCard) -> None:
+    """Raise UnknownModuleError, with the nearest paths, unless the model has this module."""
+    if path not in card.module_index:
+        raise UnknownModuleError(f"{card.id} has no module {path!r}.{did_you_mean(path, card.module_index)}")
+
+
+def site_spec(site: Site, card: ModelCard, sizes: Sequence[Size]) -> TensorSpec:
+    """The spec of the tensor at a site.
+
+    Raises:
+        UnknownModuleError: no such module.
+        SiteError: the module is not called, or not so often, or has no tensor there.
+    """
+    known_module(site.module, card)
+    call = card.call_index.get((site.module, site.call))
+    name = site.module or "the model"
+    if call is None:
+        count = sum(c.module == site.module for c in card.prefill)
+        if not count:
+            raise SiteError(
+                f"{name} is never called in a forward pass of {card.id}, so it has no {site.kind}"
+            )
+        raise SiteError(f"{name} is called {count} times in a pass; call {site.call} was asked (from 0)")
+    structure = call.structure(site.kind)
+    found = leaf_at(structure, site.path)
+    if isinstance(found, TensorLeaf):
+        spec = found.spec(*sizes[site.invoke])
+        if spec is None:
+            raise SiteError(f"{site} has a shape that follows neither batch nor tokens; it cannot be used")
+        return spec
+    if isinstance(found, OpaqueLeaf):
+        raise SiteError(f"{site} is a {found.class_name}, which is never read or written")
+    if isinstance(found, PlainLeaf):
+        raise SiteError(f"{site} is the plain value {found.value}, not a tensor")
+    options = [
+        "".join(f"[{p!r}]" for p in path) or "itself"
+        for path, leaf in leaves(structure)
+        if isinstance(leaf, TensorLeaf)
+    ]
+    has = f"it has tensors at {', '.join(options)}" if options else "it has no tensors"
+    raise SiteError(f"{site} is not a tensor of {name}'s {site.kind}; {has}")
+
+
+def _check_write(site: Site, spec: TensorSpec, value: Any) -> None:
+    if isinstance(value, TensorSpec):
+        if value.ndim != spec.ndim or not all(map(same_size, value.shape, spec.shape)):
+            raise ShapeError(
+                f"{site} has shape {list(spec.shape)} and was given a value of shape {list(value.shape)}; "
+                "a replacement must have the site's shape (edit a part with [...] = value)"
+            )
+        if value.dtype != spec.dtype and not (is_floating(value.dtype) and is_floating(spec.dtype)):
+            raise ShapeError(
+                f"{site} is {spec.dtype} and was given {value.dtype}; only floating types are cast: use .to()"
+            )
+        return
+    if not isinstance(value, bool | int | float | complex):
+        raise ShapeError(f"{site} takes a tensor or a number, found a {type(value).__name__}; index it first")
+    category = 0 if isinstance(value, bool) else 1 if isinstance(value, int) else 2
+    category = 3 if isinstance(value, complex) else category
+    if category > DTYPES[spec.dtype].category:
+        raise ShapeError(f"{site} is {spec.dtype} and cannot be filled with {value!r}")
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, TensorSpec):
+        return value.nbytes
+    if isinstance(value, list | tuple):
+        return sum(map(_nbytes, value))
+    if isinstance(value, dict):
+        return sum(map(_nbytes, value.values()))
+    return 0

@@ -1,0 +1,107 @@
+"""A graph as code a person can read: one line a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .graph import APPLY, GET, SAVE, SET, Graph, Invoke, Node
+from .values import Device, DType, ModuleRef, Ref, Site, TensorRef, Value
+
+_INFIX = {
+    "torch.add": "+",
+    "torch.sub": "-",
+    "torch.mul": "*",
+    "torch.div": "/",
+    "torch.matmul": "@",
+    "torch.pow": "**",
+    "torch.eq": "==",
+    "torch.ne": "!=",
+    "torch.lt": "<",
+    "torch.le": "<=",
+    "torch.gt": ">",
+    "torch.ge": ">=",
+}
+
+
+def show(graph: Graph) -> str:
+    """The graph as text, e.g.::
+
+    trace "gpt2":
+        invoke 0: 'The Eiffel Tower is in the city of'
+        v0 = transformer.h.3.output
+        v1 = v0 * 2
+        transformer.h.3.output = v1
+        save(v0, 'saved_0')
+    """
+    names = graph.save_names()
+    lines = []
+    for region in graph.regions:
+        lines.append(f'trace "{graph.model}":')
+        lines += [f"    invoke {i}: {_invoke(v)}" for i, v in enumerate(region.invokes)]
+    lines += [f"    {_statement(i, n, names)}" for i, n in enumerate(graph.nodes)]
+    return "\n".join(lines) + "\n"
+
+
+def _invoke(invoke: Invoke) -> str:
+    text = repr(invoke.input)
+    text = text if len(text) <= 90 else text[:87] + "..."
+    return text if invoke.mask is None else f"{text} (masked)"
+
+
+def _statement(position: int, node: Node, names: dict[int, str]) -> str:
+    if node.op == GET:
+        return f"v{position} = {node.site}"
+    if node.op == SET:
+        return f"{node.site} = {_text(node.args[1])}"
+    if node.op == SAVE:
+        return f"save({_text(node.args[0])}, {names[position]!r})"
+    if node.op == "setitem" and len(node.args) == 3:
+        base, index, value = node.args
+        return f"{_text(base)}[{_index(index)}] = {_text(value)}; v{position} = {_text(base)}"
+    return f"v{position} = {_expression(node)}"
+
+
+def _expression(node: Node) -> str:
+    if node.op == "getitem" and len(node.args) == 2:
+        return f"{_text(node.args[0])}[{_index(node.args[1])}]"
+    if node.op in _INFIX and len(node.args) == 2 and not node.kwargs:
+        return f"{_text(node.args[0])} {_INFIX[node.op]} {_text(node.args[1])}"
+    args, name = list(node.args), node.op
+    if node.op == APPLY:
+        name = _text(args.pop(0))
+    elif node.op.startswith("tensor.") and args:
+        name = f"{_text(args.pop(0))}.{node.op.removeprefix('tensor.')}"
+    parts = [_text(v) for v in args] + [f"{k}={_text(v)}" for k, v in sorted(node.kwargs.items())]
+    return f"{name}({', '.join(parts)})"
+
+
+def _text(value: Value) -> str:
+    if isinstance(value, Ref):
+        return f"v{value.node}"
+    if isinstance(value, TensorRef):
+        return f"tensor<{value.digest.removeprefix('sha256:')[:8]}>"
+    if isinstance(value, DType):
+        return f"torch.{value.name}"
+    if isinstance(value, Device):
+        return repr(value.name)
+    if isinstance(value, ModuleRef | Site):
+        return (value.path or "model") if isinstance(value, ModuleRef) else str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_text(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, slice):
+        return f"slice({_text(value.start)}, {_text(value.stop)}, {_text(value.step)})"
+    return "..." if value is Ellipsis else repr(value)
+
+
+def _index(index: Any) -> str:
+    parts = index if isinstance(index, tuple) else (index,)
+    return ", ".join(_slice(p) if isinstance(p, slice) else _text(p) for p in parts) or "()"
+
+
+def _slice(index: slice) -> str:
+    start, stop, step = ("" if v is None else _text(v) for v in (index.start, index.stop, index.step))
+    return f"{start}:{stop}" + (f":{step}" if step else "")
