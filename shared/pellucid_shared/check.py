@@ -1,4 +1,4 @@
-"""Does this graph fit this model? Shapes, dtypes, sites, order and cost, from the card and the registry alone.
+"""Does this graph fit this model? Shapes, dtypes, sites, order and cost, from card and registry alone.
 
 The client asks before it sends, the gateway before it queues, the engine before it compiles: one answer.
 """

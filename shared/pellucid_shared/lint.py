@@ -1,4 +1,4 @@
-"""The invariants of a graph that need no model: what every graph satisfies before anything else looks at it."""
+"""The invariants of a graph that need no model: what holds before anything else looks at it."""
 
 from __future__ import annotations
 
