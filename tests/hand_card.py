@@ -1,4 +1,4 @@
-"""A hand-made card: embed -> two blocks (the second also returns a tuple) -> head, hidden 8, vocabulary 50."""
+"""A hand-made card: embed -> two blocks (the second returns a tuple) -> head; hidden 8, vocabulary 50."""
 
 from pellucid_shared.card import Call, Fields, ModelCard, ModuleInfo, OpaqueLeaf, Sequence, TensorLeaf
 
