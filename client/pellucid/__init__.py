@@ -1,1 +1,53 @@
-"""The thin client."""
+"""Read and change any hidden state of a transformer, here or on a server.
+
+    from pellucid import LanguageModel
+
+    model = LanguageModel("smollm2")
+    with model.trace("The Eiffel Tower is in the city of"):
+        hidden = model.layers[10].output.save()
+    print(hidden.shape)
+
+Importing this package imports no numpy, httpx, rich, torch or transformers: each comes with its first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pellucid_shared import __version__
+
+if TYPE_CHECKING:
+    from pellucid_shared import errors as errors
+    from pellucid_shared.graph import Graph as Graph
+
+    from . import torch as torch
+    from ._config import config as config
+    from ._model import LanguageModel as LanguageModel
+    from ._remote import Job as Job
+    from ._save import save as save
+
+#: Public name -> (module, attribute); an empty attribute is the module itself.
+_PUBLIC = {
+    "Graph": ("pellucid_shared.graph", "Graph"),
+    "Job": ("pellucid._remote", "Job"),
+    "LanguageModel": ("pellucid._model", "LanguageModel"),
+    "config": ("pellucid._config", "config"),
+    "errors": ("pellucid_shared.errors", ""),
+    "save": ("pellucid._save", "save"),
+    "torch": ("pellucid.torch", ""),
+}
+
+__all__ = ["Graph", "Job", "LanguageModel", "__version__", "config", "errors", "save", "torch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pellucid' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

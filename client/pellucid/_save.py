@@ -1,0 +1,64 @@
+"""Saving values: what comes back from a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pellucid_shared.errors import GraphError
+from pellucid_shared.graph import SAVE
+
+from ._backend import backend
+from ._call import graph_value, recorder_of
+from ._lines import users_line
+from ._recorder import Recorder, active
+from ._structure import wrapped
+from ._value import Value
+
+
+def save(value: Any, name: str | None = None) -> Any:
+    """Send a value back when the run completes.
+
+    Args:
+        value: a value of the trace, or lists, tuples and dicts of them, numbers and strings.
+        name: the name it comes back under; left out, ``saved_0``, ``saved_1``, ... in program order.
+
+    Returns:
+        The value itself. After the block a tensor is a ``torch.Tensor`` where torch is installed, and
+        behaves as a numpy array elsewhere; ``.value`` is the plain thing everywhere.
+
+    Raises:
+        RecordingError: no trace is open.
+        GraphError: the name is taken.
+    """
+    if not isinstance(value, Value | list | tuple | dict) and hasattr(value, "read_all"):
+        value = value.read_all()
+    recorder = recorder_of(value) or active()
+    value = wrapped(value)
+    args = (graph_value(value, recorder),)
+    taken = set(recorder.graph().save_names().values())
+    if name is not None and (not isinstance(name, str) or not name):
+        raise GraphError(f"a saved name is a string, found {name!r:.60}", where=users_line())
+    if name in taken:
+        raise GraphError(f"the name {name!r} is saved twice; names are unique", where=users_line())
+    node = recorder.add(SAVE, args if name is None else (*args, name))
+    recorder.saved[node] = value
+    return value
+
+
+def fill(recorder: Recorder, results: Mapping[str, Any]) -> None:
+    """Give every saved value its result."""
+    for node, name in recorder.graph().save_names().items():
+        _fill(recorder.saved[node], results[name])
+    recorder.saved = {}
+
+
+def _fill(value: Any, result: Any) -> None:
+    if isinstance(value, Value):
+        backend().fill(value, result)
+    elif isinstance(value, list | tuple):
+        for member, part in zip(value, result, strict=True):
+            _fill(member, part)
+    elif isinstance(value, dict):
+        for key, member in value.items():
+            _fill(member, result[key])
