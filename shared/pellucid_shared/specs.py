@@ -141,37 +141,53 @@ def promote(a: str, b: str) -> str:
 def promote_operands(operands: Sequence[Any]) -> str:
     """Result dtype of a pointwise op over tensors, 0-d tensors and Python numbers: torch.result_type.
 
-    Within the highest category present, dimensioned tensors outrank 0-d tensors, which outrank numbers.
+    Dimensioned tensors outrank 0-d tensors, which outrank numbers; a lower rank decides only by a higher
+    category. A float16 tensor with complex operands of lower rank gives ``complex32``, which is not in DTYPES.
+
+    Source: combine_categories and result_type in aten/src/ATen/native/TypeProperties.cpp
     """
-    groups: list[list[str]] = [[], [], []]
+    ranks: list[str | None] = [None, None, None]
     for value in operands:
         if isinstance(value, TensorSpec):
-            groups[0 if value.ndim else 1].append(value.dtype)
-        elif isinstance(value, bool):
-            groups[2].append("bool")
-        elif isinstance(value, int):
-            groups[2].append("int64")
-        elif isinstance(value, float):
-            groups[2].append("float32")
-        elif isinstance(value, complex):
-            groups[2].append("complex64")
-    result: str | None = None
-    for group in groups:
-        for dtype in _joined(group):
-            if result is None:
-                result = dtype
-            elif DTYPES[dtype].category > DTYPES[result].category:
-                # A lower-ranked operand of a higher category decides the category, and its default decides
-                # the width, except that complex keeps the width of a float64 beneath it.
-                result = promote(result, dtype) if is_complex(dtype) and result == "float64" else dtype
-    return result or "float32"
+            rank, dtype = (0 if value.ndim else 1), value.dtype
+        elif isinstance(value, bool | int | float | complex):
+            rank, dtype = 2, _number_dtype(value)
+        else:
+            continue
+        known = ranks[rank]
+        ranks[rank] = dtype if known is None else promote(known, dtype)
+    result = _outrank(ranks[0], _outrank(ranks[1], ranks[2]))
+    return "float32" if result is None else result
 
 
-def _joined(dtypes: list[str]) -> list[str]:
-    joined: str | None = None
-    for dtype in dtypes:
-        joined = dtype if joined is None else promote(joined, dtype)
-    return [] if joined is None else [joined]
+def _number_dtype(value: complex) -> str:
+    """The dtype a Python number brings: torch's defaults."""
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int64"
+    return "float32" if isinstance(value, float) else "complex64"
+
+
+_TO_COMPLEX = {
+    "float16": "complex32",
+    "bfloat16": "complex64",
+    "float32": "complex64",
+    "float64": "complex128",
+}
+
+
+def _outrank(higher: str | None, lower: str | None) -> str | None:
+    if higher is None or lower is None:
+        return lower if higher is None else higher
+    upper, under = DTYPES[higher].category, DTYPES[lower].category if lower in DTYPES else 3
+    if upper == 3:
+        return higher
+    if upper == 2:
+        return _TO_COMPLEX[higher] if under == 3 else higher
+    if upper == 0 or under >= 2:
+        return promote(higher, lower) if lower in DTYPES else lower
+    return higher
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...] | None:
