@@ -142,7 +142,7 @@ def promote_operands(operands: Sequence[Any]) -> str:
     """Result dtype of a pointwise op over tensors, 0-d tensors and Python numbers: torch.result_type.
 
     Dimensioned tensors outrank 0-d tensors, which outrank numbers; a lower rank decides only by a higher
-    category. A float16 tensor with complex operands of lower rank gives ``complex32``, which is not in DTYPES.
+    category. A float16 tensor with complex operands of lower rank gives ``complex32``, not one of DTYPES.
 
     Source: combine_categories and result_type in aten/src/ATen/native/TypeProperties.cpp
     """

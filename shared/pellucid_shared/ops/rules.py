@@ -17,7 +17,11 @@ CostRule: TypeAlias = Callable[[Bound, Any], Cost]
 Shape: TypeAlias = tuple[int, ...]
 DTypeRule: TypeAlias = Callable[[str], str]
 
+#: Operations per element of functions that hardware has no single instruction for.
+TRANSCENDENTAL = 10
+
 INPUT = Param("input", Kind.TENSOR)
+OTHER = Param("other", Kind.OPERAND)
 DIM = Param("dim", Kind.INT)
 KEEPDIM = Param("keepdim", Kind.BOOL, False)
 DTYPE = Param("dtype", Kind.DTYPE, None, optional=True, keyword_only=True)
@@ -46,6 +50,7 @@ def define(
     fields: tuple[str, ...] = (),
     kernel: str = "",
     random: bool = False,
+    alias_rule: Callable[[Bound], Alias] | None = None,
 ) -> Op:
     """Register an op whose errors name it and whose results keep to ``MAX_NUMEL`` and ``MAX_RANK``."""
 
@@ -59,7 +64,43 @@ def define(
             raise type(error)(f"{op_id}: {error.message}") from None
 
     return register(
-        Op(op_id, tuple(params), named, cost, alias, aliases, spellings, fields, kernel, random),
+        Op(op_id, tuple(params), named, cost, alias, aliases, spellings, fields, kernel, random, alias_rule),
+    )
+
+
+def define_pair(
+    name: str,
+    params: Sequence[Param],
+    rule: Rule,
+    *,
+    weight: int = 1,
+    also: tuple[str, ...] = (),
+    spaces: tuple[str, ...] = (),
+) -> None:
+    """Register ``torch.<name>`` and its in-place method ``tensor.<name>_``.
+
+    Args:
+        weight: operations per element.
+        also: torch's other names for the same functions (``multiply`` for ``mul``).
+        spaces: further namespaces that hold the function under ``name``.
+    """
+    names = (name, *also)
+    functions = [s for n in names for s in spelled(n, "torch", "Tensor")]
+    methods = [s for n in names for s in spelled(n + "_", "Tensor")]
+    define(
+        f"torch.{name}",
+        params,
+        rule,
+        per_result(weight),
+        spellings=(*functions, *spelled(name, *spaces)),
+    )
+    define(
+        f"tensor.{name}_",
+        [INPUT, *params[1:]],
+        inplace(rule),
+        in_place(weight),
+        alias=Alias.INPLACE,
+        spellings=tuple(methods),
     )
 
 
