@@ -127,8 +127,10 @@ def _site_root(card: ModelCard, site: Site) -> Root:
 def _aliased(node: Node, bound: dict[str, Any] | None) -> tuple[int | None, Alias]:
     """The node whose storage an op's result relates to, and how."""
     op = lookup(node.op)
-    alias = op.alias
-    if alias is Alias.FRESH or bound is None:
+    if bound is None:
+        return None, op.alias
+    alias = op.alias_of(bound)
+    if alias is Alias.FRESH:
         return None, alias
     names = [p.name for p in op.params]
     value = node.kwargs.get(op.aliases)

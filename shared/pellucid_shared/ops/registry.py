@@ -94,11 +94,13 @@ class Op:
         params: the argument schema, in order.
         rule: bound arguments -> spec of the result (a TensorSpec, or a tuple or list of them).
         cost: bound arguments and result spec -> cost.
-        alias, aliases: storage relation, and the parameter it speaks of.
+        alias, aliases: storage relation (the worst one, where it depends on the arguments), and the
+            parameter it speaks of.
         spellings: the names users write, e.g. ``torch.softmax``, ``torch.Tensor.softmax``.
         fields: names of a tuple result's members (``values``, ``indices``), or empty.
         kernel: dotted name of the callable in torch or einops, where it is not the id's own.
         random: draws from the trace's generator.
+        alias_rule: bound arguments -> storage relation, where it depends on them (``getitem``, ``to``).
     """
 
     id: str
@@ -111,6 +113,11 @@ class Op:
     fields: tuple[str, ...] = ()
     kernel: str = ""
     random: bool = False
+    alias_rule: Callable[[Bound], Alias] | None = None
+
+    def alias_of(self, bound: Bound) -> Alias:
+        """How the result of a call with these arguments relates to the storage of ``bound[aliases]``."""
+        return self.alias_rule(bound) if self.alias_rule else self.alias
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by parameter name, defaults filled in, every one checked against the schema.
