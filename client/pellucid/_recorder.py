@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.check import check_node
-from pellucid_shared.errors import GraphError, InputError, PellucidError, RecordingError, ValueNotReadyError
-from pellucid_shared.graph import Graph, Invoke, Node, Trace
+from pellucid_shared.errors import InputError, PellucidError, RecordingError, ValueNotReadyError
+from pellucid_shared.graph import GET, Graph, Invoke, Node, Trace
 from pellucid_shared.lint import lint
 from pellucid_shared.ops import Cost
 from pellucid_shared.packing import WireTensor, digest
@@ -48,6 +48,11 @@ class Recorder:
         literals: the tensors the nodes name, by digest.
         prompts: one per invoke.
         invoke: index of the invoke whose body is being written, or None between bodies.
+        saved: position of each ``save`` node -> the user's value or structure.
+        adopted: the user's own tensors that were written with values.
+        last_set: position of the last ``site.set`` of each site.
+        unread: structures of each (module, kind, invoke) whose members may not be read yet.
+        save_names: name of each saved value -> position of its ``save`` node.
     """
 
     def __init__(self, model: str, target: Target) -> None:
@@ -58,6 +63,11 @@ class Recorder:
         self.literals: dict[str, WireTensor] = {}
         self.prompts: list[Prompt] = []
         self.invoke: int | None = None
+        self.saved: dict[int, Any] = {}
+        self.adopted: list[Any] = []
+        self.last_set: dict[Site, int] = {}
+        self.unread: dict[tuple[str, str, int], list[Any]] = {}
+        self.save_names: dict[str, int] = {}
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []
         self._bounds: list[dict[str, Any] | None] = []
@@ -114,6 +124,25 @@ class Recorder:
         self.literals.setdefault(name, tensor)
         self._literal_specs[name] = tensor.spec
         return TensorRef(name)
+
+    def current_invoke(self) -> int:
+        """The invoke whose body is being written.
+
+        Raises:
+            RecordingError: the code stands between two bodies.
+        """
+        self.require_open()
+        if self.invoke is None:
+            raise RecordingError(
+                "a site belongs to one input: read and write it under `with tracer.invoke(prompt):`",
+                where=users_line(),
+            )
+        return self.invoke
+
+    def shows(self, node: int, site: Site) -> bool:
+        """Whether a node's value is the very tensor that is at the site now."""
+        made = self.nodes[node]
+        return made.op == GET and made.site == site and node > self.last_set.get(site, -1)
 
     # --- sizes ---------------------------------------------------------------------------------------------
 
@@ -198,7 +227,7 @@ class Recorder:
         """Check a new node; an error found under placeholders counts only if true sizes confirm it."""
         try:
             return self._check(node, self._specs, self._sizes(_FIRST_PRIME))
-        except GraphError:
+        except PellucidError:
             if not self.unsized:
                 raise
         self.resolve()
@@ -229,14 +258,19 @@ class Recorder:
         return Graph(self.model, (Trace(invokes),), tuple(self.nodes))
 
     def close(self, reason: str) -> None:
-        """End the trace; ``reason`` is what the use of one of its values is answered with."""
+        """End the trace; ``reason`` says why its values cannot be used any more."""
         self._closed = reason
-        self.literals = {}
+        self.literals, self.saved, self.adopted = {}, {}, []
 
-    def require_open(self) -> None:
+    def require_open(self, value: object = "this value") -> None:
         """Raise ValueNotReadyError once the trace has ended."""
         if self._closed is not None:
-            raise ValueNotReadyError(self._closed, where=users_line())
+            raise self.not_ready(value)
+
+    def not_ready(self, value: object) -> ValueNotReadyError:
+        """The error for asking for a value that is not there."""
+        reason = self._closed or "does not exist before the block ends; .save() it and use it after the block"
+        return ValueNotReadyError(f"{value} {reason}", where=users_line())
 
     @property
     def closed(self) -> bool:

@@ -35,22 +35,22 @@ def save(value: Any, name: str | None = None) -> Any:
         value = value.read_all()
     recorder = recorder_of(value) or active()
     value = wrapped(value)
-    args = (graph_value(value, recorder),)
-    taken = set(recorder.graph().save_names().values())
-    if name is not None and (not isinstance(name, str) or not name):
+    chosen = f"saved_{len(recorder.saved)}" if name is None else name
+    if not isinstance(chosen, str) or not chosen:
         raise GraphError(f"a saved name is a string, found {name!r:.60}", where=users_line())
-    if name in taken:
-        raise GraphError(f"the name {name!r} is saved twice; names are unique", where=users_line())
-    node = recorder.add(SAVE, args if name is None else (*args, name))
+    if chosen in recorder.save_names:
+        raise GraphError(f"the name {chosen!r} is saved twice; names are unique", where=users_line())
+    saved = graph_value(value, recorder)
+    node = recorder.add(SAVE, (saved,) if name is None else (saved, name))
     recorder.saved[node] = value
+    recorder.save_names[chosen] = node
     return value
 
 
 def fill(recorder: Recorder, results: Mapping[str, Any]) -> None:
     """Give every saved value its result."""
-    for node, name in recorder.graph().save_names().items():
+    for name, node in recorder.save_names.items():
         _fill(recorder.saved[node], results[name])
-    recorder.saved = {}
 
 
 def _fill(value: Any, result: Any) -> None:

@@ -1,0 +1,54 @@
+"""The world values live in: torch where it is installed, numpy where it is not. Decided at the first trace."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ._recorder import Recorder
+
+
+class Backend(Protocol):
+    """What differs between the two."""
+
+    def tensor(self, recorder: Recorder, node: int) -> Any:
+        """A new value for a node that yields a tensor."""
+        ...
+
+    def fill(self, value: Any, result: Any) -> None:
+        """Turn a saved value into its result: a WireTensor, or a torch tensor."""
+        ...
+
+    def adopt(self, recorder: Recorder, target: Any) -> Any:
+        """Make the user's own tensor, about to be written with a value, a value of the trace; refuse others."""
+        ...
+
+    def release(self, recorder: Recorder) -> None:
+        """Give adopted tensors back unchanged, after a run that failed."""
+        ...
+
+    def recording(self, recorder: Recorder) -> AbstractContextManager[Any]:
+        """Entered while a trace is written."""
+        ...
+
+    def shape(self, sizes: tuple[int, ...]) -> Any: ...
+
+    def dtype(self, name: str) -> Any: ...
+
+    def device(self) -> Any: ...
+
+
+@functools.cache
+def backend() -> Backend:
+    """The backend of this process."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        from ._plain import PlainBackend
+
+        return PlainBackend()
+    from ._tensor import TorchBackend
+
+    return TorchBackend()

@@ -1,0 +1,207 @@
+"""Values where torch is installed: a ``torch.Tensor`` subclass that records what is asked of it.
+
+A value is made empty and written to no device. When the run completes, ``p.__class__ = torch.Tensor`` and
+``p.data = result``, as torch's own ``UninitializedParameter.materialize`` does: the name the user holds is
+then a plain tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from pellucid_shared.errors import RecordingError, UnknownOpError, did_you_mean
+from pellucid_shared.ops import Kind, Op, lookup
+from pellucid_shared.packing import WireTensor
+
+from . import _values
+from ._call import call, spellings, values_in
+from ._lines import users_line
+from ._operators import Operators
+from ._recorder import Recorder
+from ._value import Value
+
+_EMPTY = torch.empty(0)
+_TORCH = torch.__path__[0]
+_TENSOR_KINDS = (Kind.TENSOR, Kind.OPERAND, Kind.TENSORS)
+
+#: Methods a value answers without recording, also when they are written as functions.
+_ANSWERED = (
+    "size dim ndimension numel nelement element_size is_floating_point is_complex item tolist numpy "
+    "__len__ __bool__ __float__ __int__ __complex__ __index__ __contains__ __array__ __reduce_ex__ "
+    "__format__ __repr__ __iter__ __hash__"
+).split()
+
+
+class TensorValue(Operators, torch.Tensor):
+    """A value that torch's own functions take, and record."""
+
+    __hash__ = Operators.__hash__
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        op = _functions().get(id(func))
+        if op is None and name == "__get__":  # a property reached through torch.Tensor itself
+            return getattr(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
+        if op is None and name in _ANSWERED and args and isinstance(args[0], Value):
+            return getattr(Operators, name)(*args, **kwargs)
+        next(values_in((*args, *kwargs.values()))).recorder.require_open()
+        if op is None:
+            raise _unknown(func, name)
+        return call(op, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnknownOpError(
+            f"a value has no {name!r}.{did_you_mean('torch.Tensor.' + name, _methods())}", where=users_line()
+        )
+
+
+class RecordingMode(TorchFunctionMode):
+    """While a trace is written: factories become values, and Python lists of values are refused with the
+    right spelling. Thread-local, as all of torch's modes are."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[:1], Value):
+            if isinstance(args[0], list | tuple) and any(values_in(args[0])):
+                raise RecordingError(
+                    f"torch.{func.__name__} makes a tensor of numbers, and these are values only the run knows; "
+                    "use torch.stack([...])",
+                    where=users_line(),
+                )
+        op = _factories().get(id(func))
+        # Factories that torch's own code calls (a module's initialisation, printing) are not the user's.
+        caller = sys._getframe(1).f_code.co_filename
+        if op is not None and not caller.startswith(_TORCH) and _takes(op, kwargs):
+            return call(op, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class TorchBackend:
+    """See :class:`pellucid._backend.Backend`."""
+
+    def tensor(self, recorder: Recorder, node: int) -> TensorValue:
+        value: TensorValue = torch.Tensor._make_subclass(TensorValue, _EMPTY)
+        value._recorder, value._node = recorder, node
+        return value
+
+    def fill(self, value: Any, result: Any) -> None:
+        tensor = _values.to_torch(result) if isinstance(result, WireTensor) else result
+        original = value.__dict__.pop("_adopted", None)
+        _forget(value)
+        if original is not None:
+            value.copy_(tensor)  # in place, for whoever else holds the user's tensor
+        else:
+            value.data = tensor
+        value.value = value.detach()
+
+    def adopt(self, recorder: Recorder, target: Any) -> Any:
+        if type(target) is not torch.Tensor or target.requires_grad:
+            raise RecordingError(
+                f"a {type(target).__name__} of yours cannot be written with a value of the trace; write to a "
+                "plain tensor without gradients, or start from .clone() of it inside the trace",
+                where=users_line(),
+            )
+        node = recorder.add(lookup("torch.clone").id, (recorder.add_literal(_values.from_torch(target)),))
+        target.__class__ = TensorValue
+        target._recorder, target._node, target._adopted = recorder, node, True  # type: ignore[attr-defined]
+        recorder.adopted.append(target)
+        target.save()  # type: ignore[attr-defined]
+        return target
+
+    def release(self, recorder: Recorder) -> None:
+        for value in recorder.adopted:
+            if isinstance(value, TensorValue):
+                del value._adopted  # type: ignore[attr-defined]
+                _forget(value)
+
+    def recording(self, recorder: Recorder) -> RecordingMode:
+        return RecordingMode(recorder)
+
+    def shape(self, sizes: tuple[int, ...]) -> torch.Size:
+        return torch.Size(sizes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _forget(value: Any) -> None:
+    """Make a value a plain tensor, with nothing of the recording left on it."""
+    value.__class__ = torch.Tensor
+    del value._recorder, value._node
+
+
+@functools.cache
+def _functions() -> dict[int, Op]:
+    """id of each of torch's functions that has an op -> the op."""
+    table = {id(torch.Tensor.__getitem__): lookup("getitem"), id(torch.Tensor.__setitem__): lookup("setitem")}
+    for name, op in spellings().items():
+        found = _resolve(name)
+        if found is not None:
+            table[id(found)] = op
+    return table
+
+
+@functools.cache
+def _factories() -> dict[int, Op]:
+    """The part of :func:`_functions` that takes no tensor: zeros, randn, arange, ..."""
+    return {
+        key: op for key, op in _functions().items() if not any(p.kind in _TENSOR_KINDS for p in op.params)
+    }
+
+
+@functools.cache
+def _methods() -> tuple[str, ...]:
+    return tuple(name for name in spellings() if name.startswith("torch.Tensor."))
+
+
+def _resolve(name: str) -> Any:
+    """torch's object of that dotted name, or None where this torch has none."""
+    found: Any = torch
+    for part in name.split(".")[1:]:
+        found = getattr(found, part, None)
+    return found
+
+
+def _takes(op: Op, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an op has these keywords; a factory with others (generator=, out=) runs here and now."""
+    return set(kwargs) <= {param.name for param in op.params}
+
+
+def _unknown(func: Callable[..., Any], name: str) -> UnknownOpError:
+    method = getattr(func, "__objclass__", None) is not None or hasattr(torch.Tensor, name)
+    full = f"torch.{name}" if not method or getattr(torch, name, None) is func else f"torch.Tensor.{name}"
+    if getattr(torch.nn.functional, name, None) is func:
+        full = f"torch.nn.functional.{name}"
+    return UnknownOpError(
+        f"{full} is not an operation a graph may hold.{did_you_mean(full, spellings())}", where=users_line()
+    )
