@@ -274,10 +274,15 @@ def number_fits(value: Any, dtype: str) -> None:
     else:
         parts = [value]
     for part in parts:
-        whole = isinstance(part, int) or (isinstance(part, float) and math.isfinite(part))
-        fits = not isinstance(part, complex) and (
-            kind == 0 or (abs(part) <= _MOST[dtype] if whole else kind != 1)
-        )
+        if kind == 0:
+            continue
+        if isinstance(part, complex):
+            fits = False
+        elif isinstance(part, float) and not math.isfinite(part):
+            fits = kind > 1
+        else:
+            negative = dtype == "uint8" and isinstance(part, float) and part < 0
+            fits = abs(part) <= _MOST[dtype] and not negative
         if not fits:
             raise ShapeError(f"{value!r} cannot be stored in a {dtype} tensor")
 
