@@ -1,4 +1,4 @@
-"""The world values live in: torch where it is installed, numpy where it is not. Decided at the first trace."""
+"""The world values live in: torch where it is installed, numpy elsewhere. Decided at the first trace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Backend(Protocol):
         ...
 
     def adopt(self, recorder: Recorder, target: Any) -> Any:
-        """Make the user's own tensor, about to be written with a value, a value of the trace; refuse others."""
+        """Make the user's own tensor, about to be written with a value, a value of the trace."""
         ...
 
     def release(self, recorder: Recorder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pellucid_shared.errors import OpArgumentError, RecordingError, UnknownOpError, did_you_mean
 from pellucid_shared.ops import Alias, Kind, Op, Param, all_ops
+from pellucid_shared.packing import WireTensor
 from pellucid_shared.specs import DTYPE_ALIASES, DTYPES, TensorSpec
 from pellucid_shared.values import Device, DType, Ref
 
@@ -110,9 +111,7 @@ def by_name(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str,
     return given
 
 
-def canonical(
-    op: Op, given: Mapping[str, Any], recorder: Recorder
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def canonical(op: Op, given: Mapping[str, Any], recorder: Recorder) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments as a graph holds them: positional as far as they go without a gap, the rest by name."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -157,10 +156,10 @@ def graph_value(value: Any, recorder: Recorder) -> Any:
         return DType(_PYTHON_DTYPES[value])
     found = _values.literal(value)
     if found is not None:
-        return recorder.add_literal(found) if isinstance(found, _values.WireTensor) else found
+        return recorder.add_literal(found) if isinstance(found, WireTensor) else found
     raise OpArgumentError(
-        f"a {type(value).__name__} cannot be part of an experiment; values, tensors, arrays, numbers, strings, "
-        f"and lists, tuples and dicts of them can: {value!r:.80}",
+        f"a {type(value).__name__} cannot be part of an experiment; values, tensors, arrays, numbers, "
+        f"strings, and lists, tuples and dicts of them can: {value!r:.80}",
         where=users_line(),
     )
 
@@ -195,8 +194,9 @@ def function(name: str) -> Callable[..., Any]:
 
 
 def _argument(param: Param, value: Any, recorder: Recorder) -> Any:
-    if param.kind is Kind.DEVICE and isinstance(value, str):
-        return Device(value)
+    # `.to("cuda")` has its device where a dtype or a tensor may stand as well.
+    if param.kind is Kind.DEVICE or (param.kind is Kind.ANY and param.name == "target"):
+        value = Device(value) if isinstance(value, str) else value
     if param.kind is Kind.DTYPE and isinstance(value, str):
         name = value.removeprefix("torch.")
         name = DTYPE_ALIASES.get(name, name)
@@ -209,8 +209,8 @@ def _argument(param: Param, value: Any, recorder: Recorder) -> Any:
 def _bound(part: Any, recorder: Recorder) -> Any:
     if isinstance(part, Value):
         raise RecordingError(
-            "a slice with a bound that only the run knows has no known shape; index with a tensor of positions, "
-            "or use torch.where on a mask",
+            "a slice with a bound that only the run knows has no known shape; index with a tensor "
+            "of positions, or use torch.where on a mask",
             where=users_line(),
         )
     return graph_value(part, recorder)

@@ -8,8 +8,10 @@ from typing import Any
 from pellucid_shared.ops import lookup
 
 from ._call import call, spelled
+from ._lines import users_line
 from ._save import save
 from ._value import Value
+from ._warnings import warn_of_first_row
 
 #: Operator -> the op it records. Each has a reflected twin, and an in-place twin where ``_INPLACE`` says.
 BINARY = {
@@ -76,27 +78,29 @@ class Operators(Value):
         return self._function(UNARY[name], self)
 
     def __getitem__(self, index: Any) -> Any:
+        if type(index) is int and index == 0:
+            warn_of_first_row(self._recorder, self._node, users_line())
         return call(lookup("getitem"), (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
         call(lookup("setitem"), (self, index, value), {})
 
     @property
-    def T(self) -> Any:  # noqa: N802 (torch's name)
+    def T(self) -> Any:
         """The axes in reverse order."""
         return self._function("torch.Tensor.permute", self, tuple(reversed(range(self.ndim))))
 
     @property
-    def mT(self) -> Any:  # noqa: N802 (torch's name)
+    def mT(self) -> Any:
         """The last two axes exchanged."""
         return self._function("torch.transpose", self, -2, -1)
 
     @property
-    def H(self) -> Any:  # noqa: N802 (torch's name)
+    def H(self) -> Any:
         """The conjugate transpose of a matrix."""
         return self._function("torch.conj", self.mT) if self.is_complex() else self.mT
 
-    mH = H  # noqa: N815 (torch's name)
+    mH = H
 
     @property
     def real(self) -> Any:

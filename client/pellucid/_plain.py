@@ -1,4 +1,4 @@
-"""Values where torch is not installed: torch's methods under torch's names, and a numpy array's once filled."""
+"""Values without torch: torch's methods under torch's names, and those of a numpy array once filled."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ class PlainBackend:
 
     def adopt(self, recorder: Recorder, target: Any) -> NoReturn:
         raise RecordingError(
-            f"a {type(target).__name__} of yours cannot be written with a value of the trace; write to a value, "
-            "such as torch.zeros(...) of pellucid.torch",
+            f"a {type(target).__name__} of yours cannot be written with a value of the trace; write to a "
+            "value, such as torch.zeros(...) of pellucid.torch",
             where=users_line(),
         )
 

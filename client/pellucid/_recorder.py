@@ -21,7 +21,7 @@ from pellucid_shared.lint import lint
 from pellucid_shared.ops import Cost
 from pellucid_shared.packing import WireTensor, digest
 from pellucid_shared.specs import Spec, TensorSpec
-from pellucid_shared.storage import timeline
+from pellucid_shared.storage import Timeline, timeline
 from pellucid_shared.values import Site, TensorRef
 
 from ._inputs import Prompt
@@ -43,6 +43,8 @@ class Recorder:
 
     Attributes:
         model: name of the model, as the graph gives it.
+        target: where the trace will run.
+        owner: the LanguageModel whose modules may be used.
         nodes: the nodes so far, in program order.
         lines: the user's ``file:line`` of each node.
         literals: the tensors the nodes name, by digest.
@@ -55,9 +57,10 @@ class Recorder:
         save_names: name of each saved value -> position of its ``save`` node.
     """
 
-    def __init__(self, model: str, target: Target) -> None:
+    def __init__(self, model: str, target: Target, owner: object) -> None:
         self.model = model
         self.target = target
+        self.owner = owner
         self.nodes: list[Node] = []
         self.lines: list[str] = []
         self.literals: dict[str, WireTensor] = {}
@@ -95,7 +98,9 @@ class Recorder:
         highest = max((max(row) for row in prompt.ids or []), default=0)
         if highest >= self.card.vocab_size:
             count = self.card.vocab_size
-            raise InputError(f"token id {highest} is not in the vocabulary of {self.model}, which has {count}")
+            raise InputError(
+                f"token id {highest} is not in the vocabulary of {self.model}, which has {count}"
+            )
         return len(self.prompts) - 1
 
     def add(self, op: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
@@ -238,8 +243,8 @@ class Recorder:
 
     # --- ending --------------------------------------------------------------------------------------------
 
-    def finish(self) -> Graph:
-        """The whole graph, checked: order, and the shapes already known.
+    def finish(self) -> tuple[Graph, Timeline]:
+        """The whole graph, and the order its nodes can run in.
 
         Raises:
             GraphError: a write that cannot reach the model; ``where`` is the user's line.
@@ -247,10 +252,9 @@ class Recorder:
         graph = self.graph()
         try:
             lint(graph)
-            timeline(graph, self.card, self._bounds)
+            return graph, timeline(graph, self.card, self._bounds)
         except PellucidError as error:
             raise self.at_users_line(error) from None
-        return graph
 
     def graph(self) -> Graph:
         """The graph as written so far."""

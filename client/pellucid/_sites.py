@@ -11,7 +11,13 @@ from typing import Any, NoReturn
 from pellucid_shared.card import Fields, OpaqueLeaf, PlainLeaf, Structure, TensorLeaf, leaf_at
 from pellucid_shared.card import Sequence as Items
 from pellucid_shared.check import site_spec
-from pellucid_shared.errors import PellucidError, ShapeError, SiteError, ValueNotReadyError
+from pellucid_shared.errors import (
+    IndexOutOfRangeError,
+    PellucidError,
+    ShapeError,
+    SiteError,
+    ValueNotReadyError,
+)
 from pellucid_shared.graph import GET, SET
 from pellucid_shared.values import Site
 
@@ -21,8 +27,12 @@ from ._recorder import Recorder
 from ._value import Value
 
 
+class NoFieldError(SiteError, AttributeError):
+    """A name that a site's structure does not have; an AttributeError too, for ``hasattr``."""
+
+
 class Untouched:
-    """A part of a site that is no tensor (a cache, None): it can be passed along where it was, nothing else."""
+    """A part of a site that is no tensor (a cache, None): it can be passed along where it was."""
 
     def __init__(self, site: Site, what: str) -> None:
         self.site, self.what = site, what
@@ -123,11 +133,10 @@ class SiteStructure:
             return keys[key]
         if isinstance(key, str) and key in keys:
             return key
-        has = ", ".join(map(repr, keys)) or "nothing"
-        error = SiteError(f"{self._site} has no {key!r}; it has {has}", where=users_line())
+        message = f"{self._site} has no {key!r}; it has {', '.join(map(repr, keys)) or 'nothing'}"
         if isinstance(key, int):
-            raise _as(error, IndexError)
-        raise _as(error, AttributeError)
+            raise IndexOutOfRangeError(message, where=users_line())
+        raise NoFieldError(message, where=users_line())
 
     def _part(self, key: int | str) -> Structure:
         part = leaf_at(self._structure, (key,))
@@ -181,7 +190,9 @@ def write(recorder: Recorder, site: Site, structure: Structure, value: Any) -> N
             write(recorder, _inside(site, key), part, member)
     elif not (isinstance(value, Untouched) and value.site == site) and value is not None:
         what = "None" if isinstance(structure, PlainLeaf) else f"a {structure.class_name}"
-        raise SiteError(f"{site} is {what} and cannot be written; pass along what was there", where=users_line())
+        raise SiteError(
+            f"{site} is {what} and cannot be written; pass along what was there", where=users_line()
+        )
 
 
 def show_structure(structure: Structure) -> str:
@@ -223,11 +234,9 @@ def _write_tensor(recorder: Recorder, site: Site, value: Any) -> None:
     recorder.last_set[site] = recorder.add(SET, (site, graph_value(value, recorder)))
 
 
-def _pairs(
-    site: Site, structure: Items | Fields, value: Any
-) -> Iterator[tuple[int | str, Structure, Any]]:
-    parts: dict[int | str, Structure] = (
-        dict(structure.items) if isinstance(structure, Fields) else dict(enumerate(structure.items))
+def _pairs(site: Site, structure: Items | Fields, value: Any) -> Iterator[tuple[int | str, Structure, Any]]:
+    parts: dict[Any, Structure] = (
+        {**structure.items} if isinstance(structure, Fields) else dict(enumerate(structure.items))
     )
     given: dict[Any, Any] | None = None
     if isinstance(value, SiteStructure):
@@ -237,12 +246,14 @@ def _pairs(
     elif isinstance(value, tuple | list) and isinstance(structure, Items):
         given = dict(enumerate(value))
     if given is None or list(given) != list(parts):
-        what = f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list | dict) else (
-            str(value) if isinstance(value, Value | SiteStructure) else type(value).__name__
+        what = (
+            f"{type(value).__name__} of {len(value)}"
+            if isinstance(value, tuple | list | dict)
+            else (str(value) if isinstance(value, Value | SiteStructure) else type(value).__name__)
         )
         raise ShapeError(
-            f"{site} is {show_structure(structure)} and was given {what}; assign a structure of the same form, or "
-            f"one member: {site.module}.{site.kind}[{next(iter(parts), 0)!r}] = value",
+            f"{site} is {show_structure(structure)} and was given {what}; assign a structure of the same "
+            f"form, or one member: {site.module}.{site.kind}[{next(iter(parts), 0)!r}] = value",
             where=users_line(),
         )
     for key, part in parts.items():
@@ -266,6 +277,7 @@ def _first_input(recorder: Recorder, module: str) -> tuple[Site, Structure]:
     structure = _structure(recorder, site)
     assert isinstance(structure, Items)
     args, kwargs = structure.items
+    tops: list[tuple[tuple[int | str, ...], Structure]]
     tops = [((0, i), part) for i, part in enumerate(args.items if isinstance(args, Items) else ())]
     tops += [((1, k), part) for k, part in (kwargs.items.items() if isinstance(kwargs, Fields) else ())]
     if not tops:
@@ -282,10 +294,3 @@ def _whole(member: Any) -> Any:
     if isinstance(member, SiteStructure):
         return member.read_all()
     return None if isinstance(member, Untouched) else member
-
-
-def _as(error: SiteError, kind: type[Exception]) -> Exception:
-    """The same error, also of the class that Python's own protocols look for."""
-    cls = type(error.__class__.__name__, (type(error), kind), {})
-    found: Exception = cls(error.message, where=error.where)
-    return found

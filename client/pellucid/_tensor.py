@@ -28,17 +28,42 @@ from ._value import Value
 
 _EMPTY = torch.empty(0)
 _TORCH = torch.__path__[0]
+_LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 _TENSOR_KINDS = (Kind.TENSOR, Kind.OPERAND, Kind.TENSORS)
 
 #: Methods a value answers without recording, also when they are written as functions.
-_ANSWERED = (
-    "size dim ndimension numel nelement element_size is_floating_point is_complex item tolist numpy "
-    "__len__ __bool__ __float__ __int__ __complex__ __index__ __contains__ __array__ __reduce_ex__ "
-    "__format__ __repr__ __iter__ __hash__"
-).split()
+_ANSWERED = frozenset(
+    (
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "item",
+        "tolist",
+        "numpy",
+        "__len__",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__complex__",
+        "__index__",
+        "__contains__",
+        "__array__",
+        "__reduce_ex__",
+        "__format__",
+        "__repr__",
+        "__iter__",
+        "__hash__",
+    )
+)
 
 
-class TensorValue(Operators, torch.Tensor):
+# torch declares as plain attributes what a value answers by properties.
+class TensorValue(Operators, torch.Tensor):  # type: ignore[misc, override]
     """A value that torch's own functions take, and record."""
 
     __hash__ = Operators.__hash__
@@ -87,13 +112,13 @@ class RecordingMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[:1], Value):
-            if isinstance(args[0], list | tuple) and any(values_in(args[0])):
-                raise RecordingError(
-                    f"torch.{func.__name__} makes a tensor of numbers, and these are values only the run knows; "
-                    "use torch.stack([...])",
-                    where=users_line(),
-                )
+        listed = [v for v in args[:1] if not isinstance(v, Value)]
+        if func in _LITERALS and next(values_in(listed), None) is not None:
+            raise RecordingError(
+                f"torch.{func.__name__} makes a tensor of numbers, and these are values only the run knows; "
+                "use torch.stack([...])",
+                where=users_line(),
+            )
         op = _factories().get(id(func))
         # Factories that torch's own code calls (a module's initialisation, printing) are not the user's.
         caller = sys._getframe(1).f_code.co_filename
@@ -198,10 +223,23 @@ def _takes(op: Op, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _unknown(func: Callable[..., Any], name: str) -> UnknownOpError:
-    method = getattr(func, "__objclass__", None) is not None or hasattr(torch.Tensor, name)
-    full = f"torch.{name}" if not method or getattr(torch, name, None) is func else f"torch.Tensor.{name}"
-    if getattr(torch.nn.functional, name, None) is func:
-        full = f"torch.nn.functional.{name}"
+    full = _dotted(func, name)
     return UnknownOpError(
         f"{full} is not an operation a graph may hold.{did_you_mean(full, spellings())}", where=users_line()
     )
+
+
+def _dotted(func: Callable[..., Any], name: str) -> str:
+    """The name under which the user finds a function of torch."""
+    for space in (
+        "torch",
+        "torch.Tensor",
+        "torch.nn.functional",
+        "torch.linalg",
+        "torch.fft",
+        "torch.special",
+    ):
+        for short in (name, name.partition("_")[2]):
+            if short and getattr(_resolve(space), short, None) is func:
+                return f"{space}.{short}"
+    return name

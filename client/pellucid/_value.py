@@ -16,6 +16,7 @@ from ._backend import backend
 from ._lines import users_line
 from ._recorder import Recorder
 
+
 class Value:
     """One node's tensor."""
 
@@ -124,7 +125,7 @@ class Value:
     def _exact(self, size: int) -> int:
         if isinstance(size, Dim):
             raise RecordingError(
-                f"a size of {self} depends on data (at most {int(size)}), so it is known only to the run; use "
+                f"a size of {self} depends on data (at most {int(size)}), so only the run knows it; use "
                 "the value itself, e.g. .sum() of a mask instead of the length of what it selects",
                 where=users_line(),
             )
@@ -156,8 +157,8 @@ class Value:
 
     def __index__(self) -> int:
         self._refuse(
-            "it cannot be a Python index or count, which the run alone knows; index a value of the trace with "
-            "it, or save it and use it after the block"
+            "it cannot be a Python index or count, which the run alone knows; index a value of the trace "
+            "with it, or save it and use it after the block"
         )
 
     def __contains__(self, item: Any) -> bool:
@@ -176,7 +177,9 @@ class Value:
         self._refuse("it is no array yet; .save() it and use it after the block")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self._refuse("it cannot be copied or stored yet; use .clone(), or .save() it and store it after the block")
+        self._refuse(
+            "it cannot be copied or stored yet; use .clone(), or .save() it and store it after the block"
+        )
 
     def _refuse_number(self, spelling: str) -> NoReturn:
         self._refuse(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def literal(value: Any) -> Any:
-    """A torch or numpy value as a graph's: WireTensor, DType, Device, number or tuple; None if it is neither."""
+    """A torch or numpy value as a graph's: WireTensor, DType, Device or number; None if it is neither."""
     torch_module = sys.modules.get("torch")
     if torch_module is not None:
         if isinstance(value, torch_module.Tensor):
@@ -41,12 +41,11 @@ def literal(value: Any) -> Any:
     return None
 
 
-def plain_number(value: Any) -> Any:
+def plain_number(value: int | float | complex) -> int | float | complex:
     """A number as Python's own: subclasses (numpy's float64, an IntEnum) lose their class."""
-    for kind in (int, float, complex):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
+    return (
+        int(value) if isinstance(value, int) else float(value) if isinstance(value, float) else complex(value)
+    )
 
 
 def from_torch(tensor: torch.Tensor) -> WireTensor:
@@ -55,7 +54,9 @@ def from_torch(tensor: torch.Tensor) -> WireTensor:
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise OpArgumentError(f"a tensor of {dtype} cannot be part of an experiment; cast it with .to() first")
+        raise OpArgumentError(
+            f"a tensor of {dtype} cannot be part of an experiment; cast it with .to() first"
+        )
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return WireTensor(dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
 

@@ -1,0 +1,5 @@
+"""``python -m pellucid``: the command line."""
+
+from ._cli import main
+
+main()

@@ -1,0 +1,158 @@
+"""``LanguageModel``: a model here or on a server, its module tree, and the traces over it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pellucid_shared.card import ModelCard
+from pellucid_shared.errors import ConnectionFailedError, InputError, did_you_mean
+
+from ._config import config
+from ._http import Connection
+from ._lines import users_line
+from ._local import LoadOptions, LocalModel
+from ._remote import RemoteModel
+from ._target import Target
+from ._tracer import Tracer, one_input
+from ._tree import Module, show_tree
+
+_TRACE_OPTIONS = ("remote", "progress")
+
+
+class LanguageModel(Module):
+    """A causal language model whose hidden states can be read and changed.
+
+        model = LanguageModel("smollm2")
+        with model.trace("The Eiffel Tower is in the city of") as tracer:
+            model.model.layers[3].mlp.output[:] = 0
+            logits = model.lm_head.output[:, -1].save()
+
+    Args:
+        name: the name it is served under, a hub id, or a folder.
+        remote: a server's URL; True for the configured one (``PELLUCID_HOST``); False for this process. Left
+            out: the configured server if there is one, else this process. A folder, or a model that is
+            given, runs in this process.
+        model, tokenizer: a transformers model that is loaded already, and its tokenizer.
+        device_map, dtype: how transformers loads it in this process; the checkpoint's dtype if left out.
+        dispatch: load it now, not on first use.
+
+    Raises:
+        ModelNotFoundError: the server does not serve it; lists what it does.
+        ConnectionFailedError: no server answers, or none is configured.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        *,
+        remote: bool | str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        device_map: Any = None,
+        dtype: Any = None,
+        dispatch: bool = False,
+    ) -> None:
+        super().__init__(self, "")
+        source = str(name)
+        folder = Path(source).expanduser()
+        here = model is not None or folder.is_dir()
+        self._name = folder.resolve().name if folder.is_dir() and model is None else source
+        self._options = LoadOptions(
+            source=str(folder) if folder.is_dir() else source,
+            device_map=device_map,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            model=model,
+            tokenizer=tokenizer,
+        )
+        self._lock = threading.Lock()
+        self._here: LocalModel | None = None
+        self._there: dict[str, RemoteModel] = {}
+        if remote is None:
+            remote = not here and config.host is not None
+        self._remote: bool | str = remote
+        if remote is not False or dispatch:
+            _ = self.card
+
+    @property
+    def name(self) -> str:
+        """The name graphs give the model."""
+        return self._name
+
+    @property
+    def card(self) -> ModelCard:
+        """What is known of the model: tree, sites, order of calls."""
+        return self._target(None).card
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """The model's config, by attribute."""
+        return SimpleNamespace(**self.card.config)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer: transformers' own in this process; on a server, one that answers
+        ``tokenizer(text)["input_ids"]``."""
+        target = self._target(None)
+        return target.engine.tokenizer if isinstance(target, LocalModel) else RemoteTokenizer(target)
+
+    def trace(self, *inputs: Any, **options: Any) -> Tracer:
+        """``with model.trace(prompt):`` one forward pass; read, change and save what it computes.
+
+        Args:
+            inputs: one input: a str, a list of str (a batch), token ids (a list, a list of lists, a tensor),
+                or a dict with input_ids and attention_mask. Left out: ``with tracer.invoke(prompt):`` gives
+                each of several.
+            remote: as for the model; left out, where the model is.
+            progress: False shows no status line.
+
+        Raises:
+            EmptyPromptError: no text and no ids.
+            InputError: not one of the forms taken, or an unknown option.
+        """
+        if unknown := [name for name in options if name not in _TRACE_OPTIONS]:
+            raise InputError(
+                f"trace has no option {unknown[0]!r}; it has {', '.join(_TRACE_OPTIONS)}."
+                f"{did_you_mean(unknown[0], _TRACE_OPTIONS)}",
+                where=users_line(),
+            )
+        given = one_input(inputs, "model.trace") if inputs else None
+        progress = bool(options.get("progress", True))
+        return Tracer(self, self._target(options.get("remote")), given, progress=progress)
+
+    def __repr__(self) -> str:
+        return f"{self._name}: {show_tree(self.card)}"
+
+    def _target(self, remote: bool | str | None) -> Target:
+        remote = self._remote if remote is None else remote
+        with self._lock:
+            if remote is False:
+                if self._here is None:
+                    self._here = LocalModel(self._name, self._options)
+                return self._here
+            url = remote if isinstance(remote, str) else config.host
+            if url is None:
+                raise ConnectionFailedError(
+                    "no server is configured: set PELLUCID_HOST to its URL, give remote='http://host:8470', "
+                    "or start one with `pellucid up NAME=PATH`"
+                )
+            if url not in self._there:
+                self._there[url] = RemoteModel(Connection(url), self._name)
+            return self._there[url]
+
+
+class RemoteTokenizer:
+    """The tokenizer of a served model, asked over HTTP."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def __call__(self, text: str | list[str]) -> dict[str, Any]:
+        """``{"input_ids": ids}`` of a text, or of each of a list of texts."""
+        return {"input_ids": self.encode(text) if isinstance(text, str) else self._target.tokenize(text)}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return self._target.tokenize([text])[0]

@@ -1,0 +1,126 @@
+"""Running on a server: one connection, and one served model behind it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pellucid_shared.card import ModelCard
+from pellucid_shared.errors import ModelNotFoundError, PellucidError, did_you_mean
+from pellucid_shared.graph import Graph
+from pellucid_shared.packing import WireTensor, unpack
+from pellucid_shared.wire import Event, JobRecord, JobState
+
+from ._http import Connection
+from ._inputs import Prompt
+from ._progress import StatusLine
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job a server ran.
+
+    Attributes:
+        id: its id on the server.
+    """
+
+    id: str
+    connection: Connection
+
+    def record(self) -> JobRecord:
+        """The job's record: state, times by state, graph hash."""
+        return JobRecord.model_validate(self.connection.get_json(f"/v1/jobs/{self.id}"))
+
+    def cancel(self) -> None:
+        """Ask the server to stop it."""
+        self.connection.post_json(f"/v1/jobs/{self.id}/cancel", {})
+
+    def wait(self, status: StatusLine) -> None:
+        """Follow its events to the end.
+
+        Raises:
+            JobError: it failed or was cancelled; the class says why.
+        """
+        last: Event | None = None
+        for last in self.connection.events(f"/v1/jobs/{self.id}/events"):
+            status.event(last)
+            if _state(last).final:
+                break
+        assert last is not None
+        if _state(last) is not JobState.COMPLETED:
+            raise PellucidError.from_problem(last.data.get("error") or self.record().error or {})
+
+    def result(self, status: StatusLine) -> dict[str, Any]:
+        """The saved values by name."""
+        found: dict[str, Any] = unpack(self.connection.download(f"/v1/jobs/{self.id}/result", status))
+        return found
+
+
+class RemoteModel:
+    """A model a server has. See :class:`pellucid._target.Target`."""
+
+    distant = True
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.connection = connection
+        self._name = name
+        self._card: ModelCard | None = None
+        self._ids: dict[str, list[int]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def card(self) -> ModelCard:
+        """The model card, asked for once.
+
+        Raises:
+            ModelNotFoundError: not served here; lists what is.
+            ConnectionFailedError: no server answers.
+        """
+        with self._lock:
+            if self._card is None:
+                self._card = self._fetch_card()
+            return self._card
+
+    def _fetch_card(self) -> ModelCard:
+        try:
+            return ModelCard.model_validate(self.connection.get_json(f"/v1/models/{self._name}"))
+        except ModelNotFoundError:
+            served = [str(model["id"]) for model in self.connection.get_json("/v1/models")]
+            has = f"it serves {', '.join(served)}" if served else "it serves no model yet"
+            near = did_you_mean(self._name, served)
+            raise ModelNotFoundError(
+                f"{self.connection.url} does not serve {self._name!r}; {has}.{near}"
+            ) from None
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        missing = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if missing:
+            answer = self.connection.post_json(f"/v1/models/{self._name}/tokenize", {"text": missing})
+            self._ids.update(zip(missing, answer["ids"], strict=True))
+        return [self._ids[text] for text in texts]
+
+    def run(
+        self,
+        graph: Graph,
+        prompts: Sequence[Prompt],
+        literals: Mapping[str, WireTensor],
+        *,
+        progress: bool,
+    ) -> tuple[dict[str, Any], Job]:
+        with StatusLine(progress) as status:
+            job = Job(self.connection.submit(graph, literals), self.connection)
+            try:
+                job.wait(status)
+                return job.result(status), job
+            except KeyboardInterrupt:
+                job.cancel()
+                raise
+
+
+def _state(event: Event) -> JobState:
+    """The job's state after an event."""
+    if event.type in ("state", "gap"):
+        return JobState(event.data["state"])
+    return JobState.RUNNING

@@ -1,0 +1,242 @@
+"""The module tree of a model, as its card has it: attributes, indexing, and the sites of each module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pellucid_shared.card import ModelCard, ModuleInfo
+from pellucid_shared.errors import (
+    IndexOutOfRangeError,
+    RecordingError,
+    UnknownModuleError,
+    did_you_mean,
+)
+from pellucid_shared.graph import APPLY
+from pellucid_shared.values import ModuleRef
+
+from . import _sites
+from ._call import graph_value, value_of
+from ._lines import users_line
+from ._recorder import Recorder, active
+
+if TYPE_CHECKING:
+    from ._model import LanguageModel
+
+_LISTS = ("ModuleList", "Sequential")
+
+
+class Module:
+    """One module of a model.
+
+    Attributes:
+        path: its path in the model, ``model.layers.3``; the root is the empty path.
+    """
+
+    path: str
+    _model: LanguageModel
+
+    def __init__(self, model: LanguageModel, path: str) -> None:
+        self.__dict__["_model"], self.__dict__["path"] = model, path
+
+    # --- sites ---------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Any:
+        """What the module returned: a tensor, or a structure of tensors. Assign to replace it.
+
+        Raises:
+            SiteError: the module is never called in a forward pass.
+            RecordingError: outside a trace.
+        """
+        return _sites.read(self._recorder(), self.path, "output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        _sites.replace(self._recorder(), self.path, "output", value)
+
+    @property
+    def input(self) -> Any:
+        """The first positional argument, or the first keyword argument. Assign to replace it."""
+        return _sites.read_input(self._recorder(), self.path)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        _sites.replace_input(self._recorder(), self.path, value)
+
+    @property
+    def inputs(self) -> Any:
+        """All arguments, ``(args, kwargs)``. Assign to replace them."""
+        return _sites.read(self._recorder(), self.path, "input")
+
+    @inputs.setter
+    def inputs(self, value: Any) -> None:
+        _sites.replace(self._recorder(), self.path, "input", value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the module to a value, at any point and out of order: ``model.lm_head(model.model.norm(h))``.
+
+        Raises:
+            ShapeError: the value does not fit the module.
+            RecordingError: outside a trace.
+        """
+        recorder = self._recorder()
+        given = [graph_value(v, recorder) for v in args]
+        named = {k: graph_value(v, recorder) for k, v in kwargs.items()}
+        return value_of(recorder, recorder.add(APPLY, (ModuleRef(self.path), *given), named))
+
+    def _recorder(self) -> Recorder:
+        recorder = active()
+        if recorder.owner is not self._model:
+            raise RecordingError(
+                f"{self.path or 'this model'} belongs to {self._model.name}, and the open trace is of "
+                f"{recorder.model}",
+                where=users_line(),
+            )
+        return recorder
+
+    # --- the tree ------------------------------------------------------------------------------------------
+
+    @property
+    def children(self) -> dict[str, Module]:
+        """The direct children by name; the way to a child that is called ``output`` or ``input``."""
+        card = self._card()
+        return {name: Module(self._model, _join(self.path, name)) for name in card.children[self.path]}
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it, depth first."""
+        for _, module in self.named_modules():
+            yield module
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """(path, module) of this module and all below it, depth first."""
+        inside = f"{self.path}." if self.path else ""
+        for info in self._card().modules:
+            if info.path == self.path or info.path.startswith(inside):
+                yield info.path, Module(self._model, info.path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        card = self._card()
+        for base in (self.path, *self._fallbacks(card)):
+            if name in card.children[base]:
+                return Module(self._model, _join(base, name))
+        raise self._unknown(card, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("output", "input", "inputs") or name.startswith("_"):
+            object.__setattr__(self, name, value)
+            return
+        raise RecordingError(
+            f"{_join(self.path, name)} cannot be assigned: .output, .input and .inputs of a module can",
+            where=users_line(),
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        names = self._card().children[self.path]
+        if isinstance(index, str):
+            if index not in names:
+                raise self._unknown(self._card(), index)
+            return Module(self._model, _join(self.path, index))
+        if not self._is_list():
+            raise UnknownModuleError(
+                f"{self.path or 'the model'} is a {self._info().class_name}, which is not indexed by "
+                f"{index!r}; its children are {', '.join(names) or 'none'}",
+                where=users_line(),
+            )
+        if isinstance(index, slice):
+            return [Module(self._model, _join(self.path, name)) for name in names[index]]
+        if not -len(names) <= index < len(names):
+            raise IndexOutOfRangeError(
+                f"{self.path}[{index}] is out of range: it has {len(names)} modules, 0 to {len(names) - 1}",
+                where=users_line(),
+            )
+        return Module(self._model, _join(self.path, names[index]))
+
+    def __len__(self) -> int:
+        return len(self._card().children[self.path])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self.children.values())
+
+    def __dir__(self) -> list[str]:
+        names = [
+            n for base in (self.path, *self._fallbacks(self._card())) for n in self._card().children[base]
+        ]
+        return sorted({*super().__dir__(), *(n for n in names if n.isidentifier())})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Module) and other._model is self._model and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash((id(self._model), self.path))
+
+    def __repr__(self) -> str:
+        return show_tree(self._card(), self.path)
+
+    # --- the card ------------------------------------------------------------------------------------------
+
+    def _card(self) -> ModelCard:
+        return self._model.card
+
+    def _info(self) -> ModuleInfo:
+        return self._card().module_index[self.path]
+
+    def _is_list(self) -> bool:
+        names = self._card().children[self.path]
+        return self._info().class_name in _LISTS or (bool(names) and all(n.isdigit() for n in names))
+
+    def _fallbacks(self, card: ModelCard) -> tuple[str, ...]:
+        """Where else a name absent here is looked up: the root also has its base model's children."""
+        prefix = card.base_model_prefix
+        return (prefix,) if not self.path and prefix in card.children and prefix else ()
+
+    def _unknown(self, card: ModelCard, name: str) -> UnknownModuleError:
+        full = _join(self.path, name)
+        if name in self._info().parameters:
+            leaf = self._info().parameters[name]
+            return UnknownModuleError(
+                f"{full} is a parameter {leaf}; this version reads what modules take and return only",
+                where=users_line(),
+            )
+        names = [_join(b, n) for b in (self.path, *self._fallbacks(card)) for n in card.children[b]]
+        near = did_you_mean(full, names) or did_you_mean(full, card.module_index)
+        return UnknownModuleError(
+            f"{card.id} has no module {full!r}.{near or f' Here are: {_listed(names)}.'}", where=users_line()
+        )
+
+
+def show_tree(card: ModelCard, path: str = "") -> str:
+    """The tree with class names and what each module returns; equal neighbours in a list are shown once."""
+    info = card.module_index[path]
+    lines = [f"{info.class_name}{_returns(card, path)}"]
+    names = card.children[path]
+    shown = [(name, show_tree(card, _join(path, name))) for name in names]
+    start = 0
+    while start < len(shown):
+        end = start
+        while end + 1 < len(shown) and names[end + 1].isdigit() and shown[end + 1][1] == shown[start][1]:
+            end += 1
+        name, text = shown[start]
+        label = f"({name})" if end == start else f"({name}-{names[end]}): {end - start + 1} x"
+        label = f"{label}:" if end == start else label
+        lines += f"{label} {text}".splitlines()
+        start = end + 1
+    return "\n  ".join(lines)
+
+
+def _returns(card: ModelCard, path: str) -> str:
+    call = card.call_index.get((path, 0))
+    return f" -> {_sites.show_structure(call.output)}" if call is not None else ""
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "none"

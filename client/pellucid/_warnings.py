@@ -1,0 +1,52 @@
+"""Two habits that silently mean something else than they seem to: said once, with the line and the remedy."""
+
+from __future__ import annotations
+
+import warnings
+
+from pellucid_shared.graph import GET, SAVE
+from pellucid_shared.storage import Timeline
+from pellucid_shared.values import Site
+
+from ._recorder import Recorder
+
+
+def warn_of_first_row(recorder: Recorder, node: int, line: str) -> None:
+    """``output[0]`` on a block that returns a bare tensor is the first row of the batch, not a member."""
+    made = recorder.nodes[node]
+    if made.op != GET or made.site.kind != "output" or made.site.path:
+        return
+    path = made.site.module
+    if path.rpartition(".")[2].isdigit():
+        _warn(
+            f"{path}.output is a tensor {recorder.show_spec(node)}, so [0] is the first row of the batch. "
+            f"For all of it write {path}.output; for the row write {path}.output[0, :]",
+            line,
+        )
+
+
+def warn_of_edits_that_show(recorder: Recorder, found: Timeline) -> None:
+    """A name saved before its site is edited in place comes back edited, as in PyTorch."""
+    for save in recorder.saved:
+        for read in recorder.nodes[save].refs():
+            roots = {root for root in found.roots[read] if root[0] == "site"}
+            for edit in range(save + 1, len(recorder.nodes)):
+                if roots & found.effects[edit] and recorder.lines[edit] != recorder.lines[save]:
+                    _warn(
+                        f"{_site(recorder, read)} is saved here and edited in place at "
+                        f"{recorder.lines[edit]}: what comes back shows the edit. To keep the value from "
+                        "before it, save .clone() of it",
+                        recorder.lines[save],
+                    )
+                    return
+
+
+def _site(recorder: Recorder, node: int) -> str:
+    assert recorder.nodes[node].op != SAVE
+    first = recorder.nodes[node].args[0]
+    return str(first) if isinstance(first, Site) else f"a view of a site ({recorder.nodes[node].op})"
+
+
+def _warn(message: str, line: str) -> None:
+    file, _, number = line.rpartition(":")
+    warnings.warn_explicit(message, UserWarning, file or "pellucid", int(number) if number.isdigit() else 0)
