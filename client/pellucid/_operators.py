@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pellucid_shared.errors import ShapeError
 from pellucid_shared.ops import lookup
 
-from ._call import call, spelled
+from ._call import call, graph_value, spelled
 from ._lines import users_line
 from ._save import save
 from ._value import Value
@@ -66,10 +67,21 @@ class Operators(Value):
         return call(spelled(spelling), args, kwargs)
 
     def _binary(self, name: str, other: Any) -> Any:
+        if name == "add" and isinstance(other, tuple | list):
+            raise self._no_tuple(other)
         return self._function({**BINARY, **COMPARISONS}[name], self, other)
 
     def _reflected(self, name: str, other: Any) -> Any:
+        if name == "add" and isinstance(other, tuple | list):
+            raise self._no_tuple(other)
         return self._function(BINARY[name], other, self)
+
+    def _no_tuple(self, other: Any) -> ShapeError:
+        return ShapeError(
+            f"{self} is one tensor, and a {type(other).__name__} cannot be joined to it; where a module "
+            "returns one tensor, assign the tensor itself to .output",
+            where=users_line(),
+        )
 
     def _inplace(self, name: str, other: Any) -> Any:
         return self._function(INPLACE[name], self, other)
@@ -83,7 +95,17 @@ class Operators(Value):
         return call(lookup("getitem"), (self, index), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        call(lookup("setitem"), (self, index, value), {})
+        if not self._already_there(index, value):
+            call(lookup("setitem"), (self, index, value), {})
+
+    def _already_there(self, index: Any, value: Any) -> bool:
+        """Whether ``value`` is the view ``self[index]``: Python stores it back after ``x[index] += v``."""
+        if not isinstance(value, Value) or value.recorder is not self._recorder:
+            return False
+        recorder, node = self._recorder, value.ref(self._recorder).node
+        made = recorder.nodes[node]
+        same = made.op == "getitem" and made.args == (self.ref(recorder), graph_value(index, recorder))
+        return same and recorder.is_view(node)
 
     @property
     def T(self) -> Any:

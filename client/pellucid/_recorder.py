@@ -18,7 +18,7 @@ from pellucid_shared.check import check_node
 from pellucid_shared.errors import InputError, PellucidError, RecordingError, ValueNotReadyError
 from pellucid_shared.graph import GET, Graph, Invoke, Node, Trace
 from pellucid_shared.lint import lint
-from pellucid_shared.ops import Cost
+from pellucid_shared.ops import Alias, Cost, lookup
 from pellucid_shared.packing import WireTensor, digest
 from pellucid_shared.specs import Spec, TensorSpec
 from pellucid_shared.storage import Timeline, timeline
@@ -148,6 +148,11 @@ class Recorder:
         """Whether a node's value is the very tensor that is at the site now."""
         made = self.nodes[node]
         return made.op == GET and made.site == site and node > self.last_set.get(site, -1)
+
+    def is_view(self, node: int) -> bool:
+        """Whether the value of a registry node shares the storage of what it was made from."""
+        bound = self._bounds[node]
+        return bound is not None and lookup(self.nodes[node].op).alias_of(bound) is Alias.VIEW
 
     # --- sizes ---------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from ._operators import Operators
 from ._recorder import Recorder
 from ._value import Value
 
+_SPACES = ("torch", "torch.Tensor", "torch.nn.functional", "torch.linalg", "torch.fft", "torch.special")
 _EMPTY = torch.empty(0)
 _TORCH = torch.__path__[0]
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
@@ -162,7 +163,7 @@ class TorchBackend:
     def release(self, recorder: Recorder) -> None:
         for value in recorder.adopted:
             if isinstance(value, TensorValue):
-                del value._adopted  # type: ignore[attr-defined]
+                del value._adopted
                 _forget(value)
 
     def recording(self, recorder: Recorder) -> RecordingMode:
@@ -231,14 +232,7 @@ def _unknown(func: Callable[..., Any], name: str) -> UnknownOpError:
 
 def _dotted(func: Callable[..., Any], name: str) -> str:
     """The name under which the user finds a function of torch."""
-    for space in (
-        "torch",
-        "torch.Tensor",
-        "torch.nn.functional",
-        "torch.linalg",
-        "torch.fft",
-        "torch.special",
-    ):
+    for space in _SPACES:
         for short in (name, name.partition("_")[2]):
             if short and getattr(_resolve(space), short, None) is func:
                 return f"{space}.{short}"
