@@ -1,4 +1,7 @@
-"""Generated arguments for the ops that index, shape, join and select; see ``op_strategies`` for the terms."""
+"""Generated arguments for the ops that index, shape, join and select; see ``op_strategies`` for the terms.
+
+Those of linear algebra, sorting, functional and einops stand in files of their own and are gathered here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+import op_strategies_linalg
 from op_values import DIMS, DTYPE_NAMES, DTYPE_VALUES, Call, call, shapes, specs
 from pellucid_shared.specs import TensorSpec
 from pellucid_shared.values import Device, DType
@@ -358,3 +362,10 @@ for _name in names(
     "torch.index_copy tensor.index_copy_ torch.index_fill tensor.index_fill_"
 ):
     INTEGER_FILL[_name] = 0
+
+for _family in (op_strategies_linalg,):
+    STRATEGIES.update(_family.STRATEGIES)
+    STRICTER.update(_family.STRICTER)
+    META_ONLY.update(_family.META_ONLY)
+    REAL_ONLY.update(_family.REAL_ONLY)
+    INTEGER_FILL.update(_family.INTEGER_FILL)
