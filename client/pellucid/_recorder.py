@@ -9,6 +9,7 @@ and infers again.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any, TypeAlias
@@ -69,7 +70,7 @@ class Recorder:
         self.saved: dict[int, Any] = {}
         self.adopted: list[Any] = []
         self.last_set: dict[Site, int] = {}
-        self.unread: dict[tuple[str, str, int], list[Any]] = {}
+        self.unread: dict[tuple[str, str, int], weakref.WeakSet[Any]] = {}
         self.save_names: dict[str, int] = {}
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []

@@ -5,6 +5,7 @@ A site is a tensor, or a structure whose tensors are read when they are reached 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -115,8 +116,17 @@ class SiteStructure:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         key = self._key(key)
-        self._members.pop(key, None)
+        self._members[key] = value  # nothing to keep: whoever reads this member now wants the new one
         write(self._recorder, _inside(self._site, key), self._part(key), value)
+        del self._members[key]
+
+    def keep(self, site: Site) -> None:
+        """Read the leaf at ``site``, which is about to be replaced, if it is one of this structure's."""
+        depth = len(self._site.path)
+        if site.path[:depth] == self._site.path:
+            member = self._member(site.path[depth])
+            if isinstance(member, SiteStructure):
+                member.keep(site)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
@@ -214,7 +224,7 @@ def _read(recorder: Recorder, site: Site, structure: Structure) -> Any:
     recorder.require_open()
     if isinstance(structure, Items | Fields):
         found = SiteStructure(recorder, site, structure)
-        recorder.unread.setdefault((site.module, site.kind, site.invoke), []).append(found)
+        recorder.unread.setdefault((site.module, site.kind, site.invoke), weakref.WeakSet()).add(found)
         return found
     if isinstance(structure, TensorLeaf) and structure.shape is not None:
         return value_of(recorder, recorder.add(GET, (site,)))
@@ -229,8 +239,8 @@ def _write_tensor(recorder: Recorder, site: Site, value: Any) -> None:
         )
     if isinstance(value, Value) and recorder.shows(value.ref(recorder).node, site):
         return
-    for structure in recorder.unread.pop((site.module, site.kind, site.invoke), []):
-        structure.read_all()  # names already taken keep what was there
+    for structure in list(recorder.unread.get((site.module, site.kind, site.invoke), ())):
+        structure.keep(site)  # names already taken keep what was there
     recorder.last_set[site] = recorder.add(SET, (site, graph_value(value, recorder)))
 
 
