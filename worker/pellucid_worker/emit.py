@@ -1,0 +1,100 @@
+"""From one graph node to one instruction: constants resolved, refs turned into slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pellucid_shared.graph import APPLY, Node
+from pellucid_shared.ops import lookup
+from pellucid_shared.values import Device, DType, ModuleRef, Ref, TensorRef, Value, refs, substitute
+
+from .kernels import kernel, takes_device
+from .plan import Call, Slots
+from .tensors import TORCH_DTYPES
+
+
+class Runtime:
+    """What instructions need of the run they are part of; set anew for each run.
+
+    Attributes:
+        apply: ``apply(path, *args, **kwargs)`` calls a module of the model with the engine's hooks off.
+        generator: draws every random number of the run.
+        device: where tensors made out of nothing are put.
+    """
+
+    apply: Callable[..., Any]
+    generator: Any
+    device: Any
+
+
+def resolve(value: Value, slot_of: Callable[[Ref | TensorRef], int]) -> Value:
+    """A value as instructions hold it: refs name slots, dtypes are torch's own."""
+
+    def leaf(part: Value) -> Any:
+        if isinstance(part, Ref | TensorRef):
+            return Ref(slot_of(part))
+        return TORCH_DTYPES[part.name] if isinstance(part, DType) else part
+
+    return substitute(value, leaf)
+
+
+def call(position: int, node: Node, slot_of: Callable[[Ref | TensorRef], int], runtime: Runtime) -> Call:
+    """The instruction of a registry op or an applied module. Devices are left out: they are the engine's."""
+    args = [resolve(v, slot_of) for v in node.args if not isinstance(v, Device)]
+    kwargs = {k: resolve(v, slot_of) for k, v in node.kwargs.items() if not isinstance(v, Device)}
+    if node.op == APPLY:
+        module = args.pop(0)
+        assert isinstance(module, ModuleRef)
+        return _instruction(position, _applied(runtime, module.path), args, kwargs)
+    function = kernel(node.op)
+    if takes_device(node.op):
+        function = _on_device(runtime, function)
+    if lookup(node.op).random:
+        function = _with_generator(runtime, function)
+    return _instruction(position, function, args, kwargs)
+
+
+def copy(position: int, source: int, out: int) -> Call:
+    """The instruction that keeps the present version of a slot."""
+    return Call(position, _clone, (None,), {}, ((0, source),), None, out, (source,))
+
+
+def builder(value: Value) -> Callable[[Slots], Any]:
+    """A function that puts the slots' values where ``value`` has refs."""
+    if isinstance(value, Ref):
+        slot = value.node
+        return lambda slots: slots[slot]
+    return lambda slots: substitute(value, lambda v: slots[v.node] if isinstance(v, Ref) else v)
+
+
+def reads(value: Value) -> tuple[int, ...]:
+    """The slots a resolved value names."""
+    return tuple(refs(value))
+
+
+def _instruction(
+    position: int, function: Callable[..., Any], args: list[Any], kwargs: Mapping[str, Any]
+) -> Call:
+    nested = any(reads(v) for v in args if not isinstance(v, Ref)) or reads(kwargs)
+    used = reads([args, dict(kwargs)])
+    if nested:
+        return Call(position, function, (), {}, (), builder((args, dict(kwargs))), position, used)
+    fills = tuple((i, v.node) for i, v in enumerate(args) if isinstance(v, Ref))
+    return Call(position, function, tuple(args), kwargs, fills, None, position, used)
+
+
+def _clone(tensor: Any) -> Any:
+    return tensor.clone()
+
+
+def _applied(runtime: Runtime, path: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: runtime.apply(path, *args, **kwargs)
+
+
+def _on_device(runtime: Runtime, function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **kwargs, device=runtime.device)
+
+
+def _with_generator(runtime: Runtime, function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **kwargs, generator=runtime.generator)

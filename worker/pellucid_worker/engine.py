@@ -1,0 +1,141 @@
+"""A resident model that runs graphs, one at a time. No HTTP, no Redis, no Celery."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pellucid_shared.card import ModelCard
+from pellucid_shared.check import check
+from pellucid_shared.errors import EmptyPromptError, InputError
+from pellucid_shared.graph import Graph
+from pellucid_shared.lint import lint
+from pellucid_shared.packing import WireTensor
+from pellucid_shared.wire import TokenizedInvoke
+
+from .compile import compile_graph
+from .emit import Runtime
+from .inputs import rows
+from .interleave import Run
+from .plan import Plan
+from .probe import probe
+from .tensors import from_wire
+
+_PLANS_KEPT = 256
+#: Literals are checked by shape and dtype, and the plan of a graph depends on its sizes.
+_Key = tuple[str, tuple[tuple[int, int], ...]]
+
+
+class Engine:
+    """A model in memory, its card, and its tokenizer.
+
+    Attributes:
+        model: a transformers model in evaluation mode; its weights are never changed.
+        card: what probing the model found.
+        tokenizer: the transformers tokenizer, or None.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, card: ModelCard) -> None:
+        self.model, self.tokenizer, self.card = model, tokenizer, card
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[_Key, tuple[Plan, Runtime]] = OrderedDict()
+
+    @staticmethod
+    def from_model(model: torch.nn.Module, tokenizer: Any = None, *, id: str, source: str = "") -> Engine:
+        """Probe a loaded transformers model, which is put into evaluation mode."""
+        model.eval()
+        return Engine(
+            model, tokenizer, probe(model, id=id, source=source, has_tokenizer=tokenizer is not None)
+        )
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        """The text of tokenizer.json, where the tokenizer is a fast one."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return None if backend is None else str(backend.to_str())
+
+    def run(
+        self,
+        graph: Graph,
+        inputs: Sequence[TokenizedInvoke],
+        tensors: Mapping[str, WireTensor],
+        *,
+        seed: int = 0,
+        cancelled: threading.Event | None = None,
+    ) -> dict[str, Any]:
+        """Run a graph; waits for its turn.
+
+        Args:
+            inputs: ids of each invoke.
+            tensors: the literals the graph names, by digest.
+            seed: of the generator every random op draws from.
+            cancelled: set it to end the run at the next touched site.
+
+        Returns:
+            Saved structures by name; tensors are on the CPU, contiguous, with memory of their own.
+
+        Raises:
+            GraphError: the graph does not fit the model; ``node`` is set.
+            InputError: the ids do not fit the model.
+            ExecutionError: an op failed; ``node`` is set.
+            JobCancelledError: ``cancelled`` was set.
+        """
+        self._check_inputs(graph, inputs)
+        with self._lock, torch.no_grad():
+            plan, runtime = self._plan(graph, inputs, tensors)
+            device = next(self.model.parameters()).device
+            literals = {name: from_wire(tensors[name]).to(device) for name in plan.literals}
+            own = [rows(invoke, self._pad, device) for invoke in inputs]
+            run = Run(self.model, graph, plan, own, literals, cancelled)
+            runtime.apply, runtime.device = run.apply, device
+            runtime.generator = torch.Generator(device).manual_seed(seed)
+            try:
+                return run.execute()
+            finally:
+                del runtime.apply  # the plan is kept; the run and its tensors are not
+
+    @property
+    def _pad(self) -> int:
+        config: Any = self.model.config
+        return getattr(config, "pad_token_id", None) or 0
+
+    def _plan(
+        self, graph: Graph, inputs: Sequence[TokenizedInvoke], tensors: Mapping[str, WireTensor]
+    ) -> tuple[Plan, Runtime]:
+        sizes = tuple(invoke.size for invoke in inputs)
+        key = (graph.sha256, sizes)
+        found = self._plans.pop(key, None)
+        if found is None:
+            lint(graph)
+            checked = check(graph, self.card, sizes, {name: t.spec for name, t in tensors.items()})
+            runtime = Runtime()
+            found = compile_graph(graph, checked, self.card, runtime), runtime
+        self._plans[key] = found
+        if len(self._plans) > _PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return found
+
+    def _check_inputs(self, graph: Graph, inputs: Sequence[TokenizedInvoke]) -> None:
+        count = len(graph.regions[0].invokes) if graph.regions else 0
+        if count != len(inputs):
+            raise InputError(f"the graph has {count} invokes and {len(inputs)} inputs were given")
+        for index, invoke in enumerate(inputs):
+            if not invoke.ids or not all(invoke.ids):
+                raise EmptyPromptError(f"invoke {index} is empty: give it text or at least one token id")
+            worst = max(max(row) for row in invoke.ids)
+            lowest = min(min(row) for row in invoke.ids)
+            if worst >= self.card.vocab_size or lowest < 0:
+                wrong = worst if lowest >= 0 else lowest
+                raise InputError(
+                    f"token id {wrong} is not in the vocabulary of {self.card.id}, which has "
+                    f"{self.card.vocab_size}"
+                )
+            if self.card.max_tokens is not None and invoke.size[1] > self.card.max_tokens:
+                raise InputError(
+                    f"invoke {index} has {invoke.size[1]} tokens; {self.card.id} takes at most "
+                    f"{self.card.max_tokens}"
+                )

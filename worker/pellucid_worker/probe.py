@@ -1,0 +1,260 @@
+"""Making a model's card by running it: which modules are called, in which order, on what.
+
+The model runs at two sizes. A dimension that is the same in both is a constant; one that follows the number
+of rows is ``batch``, of tokens ``tokens``, of both ``rows``. Tensors that are one object in the model get
+one number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pellucid_shared import __version__
+from pellucid_shared.card import (
+    Call,
+    Fields,
+    ModelCard,
+    ModuleInfo,
+    OpaqueLeaf,
+    PlainLeaf,
+    Structure,
+    TensorLeaf,
+)
+from pellucid_shared.card import Sequence as Items
+from pellucid_shared.wire import TokenizedInvoke
+
+from . import packed
+from .inputs import alone, rows
+from .inputs import packed as packed_inputs
+from .tensors import dtype_name
+
+_SIZES = ((3, 7), (5, 11))
+_RAGGED = (5, 9)
+#: Largest difference of logits between packed and alone, by dtype; fp32 is the promise of the docs.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: bool = False) -> ModelCard:
+    """The card of a resident model in evaluation mode. Its weights and state are left as they were."""
+    config: Any = model.config
+    with torch.no_grad():
+        prefill = _calls(model, decode=False)
+        decode = _calls(model, decode=True)
+        packs = _certify_packing(model)
+    text_config = config.get_text_config()
+    return ModelCard(
+        id=id,
+        source=source,
+        revision=getattr(config, "_commit_hash", None),
+        class_name=type(model).__name__,
+        base_model_prefix=_prefix(model),
+        fingerprint=_fingerprint(model),
+        dtype=dtype_name(next(model.parameters()).dtype),
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocab_size=text_config.vocab_size,
+        max_tokens=getattr(text_config, "max_position_embeddings", None),
+        packs=packs,
+        modules=tuple(_modules(model)),
+        prefill=prefill,
+        decode=decode,
+        has_tokenizer=has_tokenizer,
+        config=json.loads(config.to_json_string(use_diff=False)),
+        versions=_versions(),
+    )
+
+
+def _modules(model: torch.nn.Module) -> list[ModuleInfo]:
+    return [
+        ModuleInfo(
+            path=path,
+            class_name=type(module).__name__,
+            parameters={
+                name: TensorLeaf(shape=tuple(p.shape), dtype=dtype_name(p.dtype))
+                for name, p in module.named_parameters(recurse=False)
+            },
+        )
+        for path, module in model.named_modules()
+    ]
+
+
+def _prefix(model: torch.nn.Module) -> str:
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and hasattr(model, prefix) else ""
+
+
+# --- events ------------------------------------------------------------------------------------------------
+
+
+class _Seen:
+    """One call as it happened; the tensors are kept, so that no two share an id."""
+
+    def __init__(self, module: str, call: int, enter: int, args: Any, kwargs: Any) -> None:
+        self.module, self.call, self.enter, self.exit = module, call, enter, -1
+        self.args, self.kwargs, self.output = args, kwargs, None
+
+
+def _record(model: torch.nn.Module, arguments: Mapping[str, Any]) -> tuple[list[_Seen], Any]:
+    """Run the model with a hook on every module; its calls in order of entry, and its output."""
+    seen: list[_Seen] = []
+    open_calls: list[_Seen] = []
+    counts: Counter[str] = Counter()
+    clock = iter(range(10**9))
+    handles = []
+    for path, module in model.named_modules():
+
+        def before(_: Any, args: Any, kwargs: Any, path: str = path) -> None:
+            call = _Seen(path, counts[path], next(clock), args, kwargs)
+            counts[path] += 1
+            seen.append(call)
+            open_calls.append(call)
+
+        def after(_: Any, args: Any, output: Any) -> None:
+            call = open_calls.pop()
+            call.exit, call.output = next(clock), output
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        output = model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, output
+
+
+def _calls(model: torch.nn.Module, *, decode: bool) -> tuple[Call, ...]:
+    """The calls of a forward pass, or of a decode step with a cache (empty where the model has none)."""
+    runs = []
+    for batch, tokens in _SIZES:
+        if not decode:
+            runs.append(_record(model, alone(model, _random_rows(model, batch, tokens)))[0])
+            continue
+        own = _random_rows(model, batch, tokens)
+        first = model(**{**alone(model, own), "use_cache": True})
+        cache = getattr(first, "past_key_values", None)
+        if cache is None:
+            return ()
+        step = {"input_ids": own.ids[:, :1], "past_key_values": cache, "use_cache": True}
+        second = model(**step)
+        runs.append(_record(model, {**step, "past_key_values": second.past_key_values})[0])
+    small, large = runs
+    others = {(c.module, c.call): c for c in large}
+    objects: dict[int, int] = {}
+    return tuple(
+        Call(
+            module=c.module,
+            call=c.call,
+            enter=c.enter,
+            exit=c.exit,
+            args=tuple(_structure(a, b, objects) for a, b in zip(c.args, other.args, strict=True)),
+            kwargs={k: _structure(v, other.kwargs[k], objects) for k, v in c.kwargs.items()},
+            output=_structure(c.output, other.output, objects),
+        )
+        for c in small
+        if (other := others.get((c.module, c.call))) is not None
+    )
+
+
+def _structure(small: Any, large: Any, objects: dict[int, int]) -> Structure:
+    """What two runs of different sizes show of one value."""
+    if isinstance(small, torch.Tensor):
+        number = objects.setdefault(id(small), len(objects))
+        return TensorLeaf(shape=_axes(small, large), dtype=dtype_name(small.dtype), object=number)
+    if isinstance(small, list | tuple):
+        members = tuple(_structure(a, b, objects) for a, b in zip(small, large, strict=False))
+        return Items(leaf="list" if isinstance(small, list) else "tuple", items=members)
+    if isinstance(small, Mapping):
+        names = {str(k): _structure(v, large[k], objects) for k, v in small.items()}
+        return Fields(class_name=type(small).__name__, items=names)
+    if small is None or isinstance(small, bool | int | float | str):
+        return PlainLeaf(value=repr(small))
+    return OpaqueLeaf(class_name=type(small).__name__)
+
+
+def _axes(small: torch.Tensor, large: Any) -> tuple[Any, ...] | None:
+    if not isinstance(large, torch.Tensor) or small.ndim != large.ndim:
+        return None
+    names = {
+        (_SIZES[0][0], _SIZES[1][0]): "batch",
+        (_SIZES[0][1], _SIZES[1][1]): "tokens",
+        (_SIZES[0][0] * _SIZES[0][1], _SIZES[1][0] * _SIZES[1][1]): "rows",
+    }
+    axes: list[Any] = []
+    for a, b in zip(small.shape, large.shape, strict=True):
+        if a == b:
+            axes.append(a)
+        elif (a, b) in names:
+            axes.append(names[a, b])
+        else:
+            return None
+    return tuple(axes)
+
+
+def _random_rows(model: torch.nn.Module, batch: int, tokens: int) -> Any:
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(batch * 1000 + tokens)
+    ids = torch.randint(0, config.get_text_config().vocab_size, (batch, tokens), generator=generator)
+    return rows(TokenizedInvoke(ids=ids.tolist()), 0, next(model.parameters()).device)
+
+
+# --- certification -----------------------------------------------------------------------------------------
+
+
+def _certify_packing(model: torch.nn.Module) -> bool:
+    """Whether prompts of different lengths give the same logits in one packed pass as alone."""
+    own = [_random_rows(model, 1, tokens) for tokens in _RAGGED] + [_random_rows(model, 2, 3)]
+    try:
+        arguments, segments = packed_inputs(model, own)
+        if "position_ids" not in arguments:
+            return False
+        with packed.attention_by_segment(model, segments):
+            together = _logits(model(**arguments))
+        differences = []
+        for segment, rows_alone in zip(segments, own, strict=True):
+            wanted = _logits(model(**alone(model, rows_alone)))
+            found = together[0, segment.start : segment.stop].view_as(wanted)
+            differences.append(float((found - wanted).abs().max()))
+    except Exception:  # a model file may fail in any way on a packed row; then it does not pack
+        return False
+    return max(differences) <= _TOLERANCE.get(together.dtype, 1e-4)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if not hasattr(output, "logits") else output.logits
+    return found
+
+
+# --- identity ----------------------------------------------------------------------------------------------
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over config, versions, device kind, and of every tensor its name, shape and a sample of 1024
+    elements: enough to tell deployments apart, in milliseconds for a model of any size."""
+    config: Any = model.config
+    state = hashlib.sha256(config.to_json_string(use_diff=False).encode())
+    state.update(json.dumps(_versions(), sort_keys=True).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
+        if tensor.device.type != "meta":
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 1024)][:1024].cpu().contiguous()
+            state.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+    return state.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    import accelerate
+    import transformers
+
+    return {
+        "accelerate": accelerate.__version__,
+        "pellucid": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,152 @@
+"""Reading and writing the tensors of one site event, alone or packed.
+
+``arguments`` is what the hook holds: the module's output, or ``(args, kwargs)`` before it runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from pellucid_shared.values import Site
+
+from .inputs import Segment
+
+
+class View(Protocol):
+    """How a pass sees the tensors of one event."""
+
+    #: The structure as it stands, replaced members included.
+    value: Any
+
+    def get(self, site: Site, edited: bool) -> torch.Tensor: ...
+
+    def set(self, site: Site, value: Any, copied: bool) -> None: ...
+
+    def flush(self) -> None:
+        """Make what was written reach the model."""
+
+
+class WholeView:
+    """One invoke has the pass to itself: it gets the model's own tensors, as a plain hook would."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def get(self, site: Site, edited: bool) -> torch.Tensor:
+        found: torch.Tensor = member(self.value, site.path)
+        return found
+
+    def set(self, site: Site, value: Any, copied: bool) -> None:
+        self.value = with_member(self.value, site.path, fitted(value, member(self.value, site.path), copied))
+
+    def flush(self) -> None:
+        """Nothing is left to do: edits were made in the model's tensors."""
+
+
+class Privates:
+    """The private tensors of the invokes of a packed pass, by the model's tensor they are part of.
+
+    One object inside the model is one private tensor of each invoke; an entry lives as long as the model
+    keeps its tensor.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, torch.Tensor]]] = {}
+
+    def of(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Invoke -> its private part of ``tensor``; filled by the caller."""
+        key = id(tensor)
+        entry = self._found.get(key)
+        if entry is None or entry[0]() is not tensor:
+            entry = (weakref.ref(tensor, lambda _: self._found.pop(key, None)), {})
+            self._found[key] = entry
+        return entry[1]
+
+
+class PackedView:
+    """Several invokes share the pass: each gets a private contiguous tensor of its own rows and tokens, which
+    is written back where its graph wrote it."""
+
+    def __init__(self, value: Any, segments: Sequence[Segment], privates: Privates) -> None:
+        self.value = value
+        self._segments, self._privates = segments, privates
+        self._edited: dict[tuple[int | str, ...], set[int]] = {}
+        self._replaced: dict[tuple[int | str, ...], dict[int, torch.Tensor]] = {}
+
+    def get(self, site: Site, edited: bool) -> torch.Tensor:
+        replaced = self._replaced.get(site.path, {})
+        if site.invoke in replaced:
+            return replaced[site.invoke]
+        whole = member(self.value, site.path)
+        own = self._privates.of(whole)
+        if site.invoke not in own:
+            own[site.invoke] = part(whole, self._segments[site.invoke]).clone()
+        if edited:
+            self._edited.setdefault(site.path, set()).add(site.invoke)
+        return own[site.invoke]
+
+    def set(self, site: Site, value: Any, copied: bool) -> None:
+        present = part(member(self.value, site.path), self._segments[site.invoke])
+        self._replaced.setdefault(site.path, {})[site.invoke] = fitted(value, present, copied)
+
+    def flush(self) -> None:
+        for path, invokes in self._edited.items():
+            whole = member(self.value, path)
+            own = self._privates.of(whole)
+            for invoke in invokes:
+                part(whole, self._segments[invoke]).copy_(own[invoke])
+        for path, values in self._replaced.items():
+            whole = member(self.value, path)
+            new = whole.clone()  # a replacement is the model's next value here, not an edit of this one
+            own = self._privates.of(new)
+            for invoke, value in values.items():
+                part(new, self._segments[invoke]).copy_(value)
+                own[invoke] = value
+            self.value = with_member(self.value, path, new)
+
+
+def part(whole: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """A segment's view of a packed tensor: ``[1, sum, ...]`` becomes ``[batch, tokens, ...]``, and the rows
+    ``[sum, ...]`` of a site without a batch axis become ``[batch * tokens, ...]``."""
+    if whole.shape[0] == 1 and whole.ndim > 1:
+        own = whole[0, segment.start : segment.stop]
+        return own.view(segment.batch, segment.tokens, *own.shape[1:])
+    return whole[segment.start : segment.stop]
+
+
+def fitted(value: Any, present: torch.Tensor, copied: bool) -> torch.Tensor:
+    """A replacement as the site takes it: a number fills, a tensor takes the site's dtype and device."""
+    if not isinstance(value, torch.Tensor):
+        return torch.full_like(present, value)
+    result = value.to(device=present.device, dtype=present.dtype)
+    if result.shape != present.shape:
+        raise RuntimeError(f"the site has shape {list(present.shape)}, the value {list(result.shape)}")
+    return result.clone() if copied and result is value else result
+
+
+def member(value: Any, path: tuple[int | str, ...]) -> Any:
+    """The leaf of a structure at a path. Fields of a model's output are reached by name."""
+    for step in path:
+        value = value[step]
+    return value
+
+
+def with_member(value: Any, path: tuple[int | str, ...], new: Any) -> Any:
+    """The structure with the leaf at ``path`` replaced; containers along the path are made anew."""
+    if not path:
+        return new
+    step, inner = path[0], with_member(value[path[0]], path[1:], new)
+    if isinstance(value, list | tuple):
+        assert isinstance(step, int)
+        items = [*value[:step], inner, *value[step + 1 :]]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return type(value)(items)
+    if hasattr(value, "to_tuple"):  # a transformers ModelOutput: its fields are set in place, as a hook would
+        value[step] = inner
+        return value
+    return {**value, step: inner}
