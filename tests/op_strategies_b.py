@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+import op_strategies_einsum
 import op_strategies_linalg
 from op_values import DIMS, DTYPE_NAMES, DTYPE_VALUES, Call, call, shapes, specs
 from pellucid_shared.specs import TensorSpec
@@ -244,15 +245,6 @@ STRATEGIES["torch.tensor_split"] = call(
 STRATEGIES["torch.unbind"] = call(specs(), dim=DIMS)
 
 
-@drawn
-def _meshgrid(draw: st.DrawFn) -> Call:
-    dtype = draw(st.lists(DTYPE_NAMES, min_size=1, max_size=2))
-    tensors = tuple(draw(specs(0, 1, dtype)) for _ in range(draw(st.integers(1, 3))))
-    return tensors, {"indexing": draw(st.sampled_from(["ij", "xy"]))}
-
-
-STRATEGIES["torch.meshgrid"] = _meshgrid
-
 # --- selecting ---------------------------------------------------------------------------------------------
 
 _INDEX_DTYPES = st.sampled_from(["int64", "int64", "int64", "int32", "float32"])
@@ -363,7 +355,7 @@ for _name in names(
 ):
     INTEGER_FILL[_name] = 0
 
-for _family in (op_strategies_linalg,):
+for _family in (op_strategies_linalg, op_strategies_einsum):
     STRATEGIES.update(_family.STRATEGIES)
     STRICTER.update(_family.STRICTER)
     META_ONLY.update(_family.META_ONLY)

@@ -137,6 +137,8 @@ def _aliased(node: Node, bound: dict[str, Any] | None) -> tuple[int | None, Alia
     index = names.index(op.aliases)
     if value is None and index < len(node.args):
         value = node.args[index]
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
     return (value.node, alias) if isinstance(value, Ref) else (None, alias)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import IndexOutOfRangeError, OpArgumentError, ShapeError
 from ..specs import Dim, TensorSpec, same_size
 from .registry import MAX_LIST, Alias, Bound, Kind, Param
-from .rules import INPUT, Shape, axis, define, free, new_shape, per_result, result_dtype, shown, spelled
+from .rules import INPUT, axis, define, free, new_shape, per_result, result_dtype, shown, spelled
 
 _TENSORS = Param("tensors", Kind.TENSORS)
 
@@ -183,33 +183,3 @@ _define_parts(
 _define_parts("chunk", [Param("chunks", Kind.INT, low=1, high=MAX_LIST)], _chunk)
 _define_parts("tensor_split", [Param("indices_or_sections", Kind.ANY)], _tensor_split)
 _define_parts("unbind", [], _unbind)
-
-
-# --- grids -------------------------------------------------------------------------------------------------
-
-
-def _meshgrid(bound: Bound) -> tuple[TensorSpec, ...]:
-    tensors: tuple[TensorSpec, ...] = bound["tensors"]
-    for t in tensors:
-        if t.ndim > 1:
-            raise ShapeError(f"takes tensors of at most one dimension, found shape {shown(t.shape)}")
-    if len({t.dtype for t in tensors}) > 1:
-        raise ShapeError("takes tensors of one dtype; convert one with .to()")
-    sizes: Shape = tuple((t.shape or (1,))[0] for t in tensors)
-    if bound["indexing"] == "xy" and len(sizes) > 1:
-        sizes = (sizes[1], sizes[0], *sizes[2:])
-    return tuple(TensorSpec(sizes, t.dtype) for t in tensors)
-
-
-define(
-    "torch.meshgrid",
-    (
-        Param("tensors", Kind.TENSORS, variadic=True),
-        Param("indexing", Kind.STR, keyword_only=True, choices=("ij", "xy")),
-    ),
-    _meshgrid,
-    per_result(),
-    alias=Alias.MAYBE_VIEW,
-    aliases="tensors",
-    spellings=spelled("meshgrid", "torch"),
-)

@@ -59,6 +59,7 @@ class Param:
         optional: None is taken as well.
         variadic: trailing positional arguments are gathered into a tuple (``x.view(2, 3)``); one tuple or
             list in their place is taken too.
+        keywords: the last parameter gathers all further keyword arguments into a dict (einops' axis lengths).
         low, high: inclusive bounds for numbers, whole numbers, and each member of INTS.
         choices: the strings a STR takes.
     """
@@ -69,6 +70,7 @@ class Param:
     optional: bool = False
     variadic: bool = False
     keyword_only: bool = False
+    keywords: bool = False
     low: float = -INT_LIMIT
     high: float = INT_LIMIT
     choices: tuple[str, ...] = ()
@@ -131,6 +133,10 @@ class Op:
         rest = list(args)
         bound: dict[str, Any] = {}
         for param in self.params:
+            if param.keywords:
+                bound[param.name] = {k: check_argument(self.id, param, v) for k, v in given.items()}
+                given = {}
+                continue
             if param.variadic and rest:
                 whole = len(rest) == 1 and isinstance(rest[0], list | tuple)
                 value = tuple(rest[0]) if whole else tuple(rest)
