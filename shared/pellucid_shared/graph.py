@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .errors import GraphError, LimitError
-from .values import Ref, Site, Value, decode, dumps, encode, refs
+from .values import Ref, Site, TensorRef, Value, contains, decode, dumps, encode, refs
 
 VERSION = 1
 MAX_BYTES = 8 * 2**20
@@ -135,6 +135,10 @@ class Graph:
             if node.op == SAVE:
                 names[position] = node.args[1] if len(node.args) > 1 else f"saved_{len(names)}"
         return names
+
+    def names_literals(self) -> bool:
+        """Whether any node names a tensor of the request's safetensors part."""
+        return any(contains(v, TensorRef) for n in self.nodes for v in (*n.args, *n.kwargs.values()))
 
     def sites(self) -> dict[int, Site]:
         """Position of each node that touches a site -> that site."""

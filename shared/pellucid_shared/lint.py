@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any, NoReturn
 
 from .errors import EmptyPromptError, GraphError, LimitError, PellucidError, SiteError
 from .graph import APPLY, CORE_OPS, GET, SAVE, SET, Graph, Invoke, Node
 from .ops import lookup
-from .values import KINDS, ModuleRef, Ref, Site, TensorRef, Value
+from .values import KINDS, ModuleRef, Ref, Site, TensorRef, contains
 
 MAX_NODES = 100_000
 MAX_INVOKES = 1024
@@ -89,7 +90,7 @@ def _lint_node(graph: Graph, position: int, node: Node) -> None:
             _bad(f"{node.op} takes a {'site' if first is Site else 'module'} first")
         rest = node.args[1:]
     for value in (*rest, *node.kwargs.values()):
-        if _contains(value, lambda v: isinstance(v, Site | ModuleRef)):
+        if contains(value, (Site, ModuleRef)):
             _bad(f"{node.op} is given a site or module where a value stands")
     _lint_core(graph, node)
 
@@ -108,7 +109,7 @@ def _lint_core(graph: Graph, node: Node) -> None:
         _bad(f"{node.op} takes {' or '.join(map(str, sorted(set(arity))))} arguments")
     if node.op == SET and not isinstance(node.args[1], Ref | TensorRef | bool | int | float | complex):
         _bad("site.set takes a tensor or a number")
-    if node.op == SAVE and _contains(node.args[0], lambda v: isinstance(v, slice) or v is Ellipsis):
+    if node.op == SAVE and contains(node.args[0], (slice, EllipsisType)):
         _bad("save takes tensors, numbers, strings, and lists, tuples and dicts of them")
 
 
@@ -117,16 +118,6 @@ def _lint_name(name: Any, taken: set[str]) -> None:
         _bad(f"a saved name is a string of 1 to {MAX_NAME} characters, found {name!r:.60}")
     if name in taken:
         _bad(f"the name {name!r} is saved twice")
-
-
-def _contains(value: Value, test: Callable[[Value], bool]) -> bool:
-    if test(value):
-        return True
-    if isinstance(value, list | tuple):
-        return any(_contains(v, test) for v in value)
-    if isinstance(value, dict):
-        return any(_contains(v, test) for v in value.values())
-    return False
 
 
 def _bad(message: str) -> NoReturn:

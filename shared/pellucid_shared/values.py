@@ -174,6 +174,17 @@ def refs(value: Value) -> Iterator[int]:
             yield from refs(item)
 
 
+def contains(value: Value, kind: type | tuple[type, ...]) -> bool:
+    """Whether a part of ``value`` is an instance of ``kind``."""
+    if isinstance(value, kind):
+        return True
+    if isinstance(value, list | tuple):
+        return any(contains(v, kind) for v in value)
+    if isinstance(value, dict):
+        return any(contains(v, kind) for v in value.values())
+    return False
+
+
 def substitute(value: Value, leaf: Callable[[Value], Any]) -> Any:
     """A copy of ``value`` with ``leaf`` applied to everything that is not a list, tuple, dict or slice."""
     if isinstance(value, list):
