@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 from hand_card import hand_card
 from pellucid import LanguageModel
 from pellucid_shared.card import ModelCard
+from pellucid_shared.errors import PellucidError
 from pellucid_shared.graph import Graph
 
 
@@ -54,3 +57,13 @@ class CardModel(LanguageModel):
 
     def _target(self, remote: bool | str | None) -> CardTarget:
         return self._made
+
+
+def refused(
+    model: LanguageModel, error: type[Exception], match: str, body: Callable[[], Any], prompt: Any = "hello"
+) -> PellucidError:
+    """The error that a trace with this body ends in."""
+    with pytest.raises(error, match=match) as caught, model.trace(prompt):
+        body()
+    assert isinstance(caught.value, PellucidError)
+    return caught.value

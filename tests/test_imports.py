@@ -81,7 +81,7 @@ def test_the_server_never_imports_torch() -> None:
 
 
 def test_importing_pellucid_imports_none_of_the_heavy_packages() -> None:
-    heavy = "numpy httpx rich torch transformers accelerate safetensors einops".split()
+    heavy = ["numpy", "httpx", "rich", "torch", "transformers", "accelerate", "safetensors", "einops"]
     code = f"import sys, pellucid; print([n for n in {heavy!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pellucid_shared.errors import OpArgumentError, RecordingError, UnknownOpError, did_you_mean
+from pellucid_shared.errors import OpArgumentError, RecordingError, UnknownOpError, did_you_mean, nearest
 from pellucid_shared.ops import Alias, Kind, Op, Param, all_ops
 from pellucid_shared.packing import WireTensor
 from pellucid_shared.specs import DTYPE_ALIASES, DTYPES, TensorSpec
@@ -38,10 +38,34 @@ def spelled(name: str) -> Op:
     found = spellings().get(name)
     if found is None:
         raise UnknownOpError(
-            f"{name} is not an operation a graph may hold.{did_you_mean(name, spellings())}",
-            where=users_line(),
+            f"{name} is not an operation a graph may hold.{nearest_to(name)}", where=users_line()
         )
     return found
+
+
+def method(name: str) -> Op:
+    """The op of a value's method.
+
+    Raises:
+        UnknownOpError: names the nearest methods.
+    """
+    found = spellings().get(f"torch.Tensor.{name}")
+    if found is None:
+        raise UnknownOpError(
+            f"a value has no {name!r}.{nearest_to(f'torch.Tensor.{name}')}", where=users_line()
+        )
+    return found
+
+
+def nearest_to(name: str) -> str:
+    """A sentence with the nearest spellings: those of the same namespace, else by their last part."""
+    space, _, last = name.rpartition(".")
+    by_last: dict[str, str] = {}
+    for full in spellings():
+        if full.rpartition(".")[0] == space:
+            by_last[full.rpartition(".")[2]] = full
+    close = [by_last[short] for short in nearest(last, by_last)] or nearest(name, spellings())
+    return f" Nearest: {', '.join(close)}." if close else ""
 
 
 def call(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

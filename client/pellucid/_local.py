@@ -76,8 +76,8 @@ class LocalModel:
 def _load(name: str, options: LoadOptions) -> Any:
     try:
         from pellucid_worker.engine import Engine
+        from pellucid_worker.loader import load
 
-        from pellucid_worker import loader
     except ImportError as error:
         raise MissingExtraError(
             f"running {name} in this process needs {error.name or 'torch and transformers'}, which is not "
@@ -85,4 +85,4 @@ def _load(name: str, options: LoadOptions) -> Any:
         ) from error
     if options.model is not None:
         return Engine.from_model(options.model, options.tokenizer, id=name)
-    return loader.load(options.source, id=name, dtype=options.dtype, device_map=options.device_map)
+    return load(options.source, id=name, dtype=options.dtype, device_map=options.device_map)

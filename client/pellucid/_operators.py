@@ -8,7 +8,7 @@ from typing import Any
 from pellucid_shared.errors import ShapeError
 from pellucid_shared.ops import lookup
 
-from ._call import call, graph_value, spelled
+from ._call import call, graph_value, method, spelled
 from ._lines import users_line
 from ._save import save
 from ._value import Value
@@ -62,6 +62,14 @@ class Operators(Value):
     def __iter__(self) -> Iterator[Any]:
         len(self)
         return iter(self._function("torch.unbind", self))
+
+    def __getattr__(self, name: str) -> Any:
+        """torch's methods by name, where the class itself does not have them."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._recorder.require_open(self)
+        op = method(name)
+        return lambda *args, **kwargs: call(op, (self, *args), kwargs)
 
     def _function(self, spelling: str, *args: Any, **kwargs: Any) -> Any:
         return call(spelled(spelling), args, kwargs)

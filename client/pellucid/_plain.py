@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
-from pellucid_shared.errors import RecordingError, UnknownOpError, did_you_mean
+from pellucid_shared.errors import RecordingError
 from pellucid_shared.values import Device, DType
 
-from ._call import function, spellings
 from ._lines import users_line
 from ._operators import BINARY, COMPARISONS, INPLACE, Operators
 from ._recorder import Recorder
@@ -21,19 +20,6 @@ class PlainValue(Operators):
 
     def __init__(self, recorder: Recorder, node: int) -> None:
         self._recorder, self._node = recorder, node
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        self._recorder.require_open(self)
-        spelling = f"torch.Tensor.{name}"
-        if spelling not in spellings():
-            methods = [s for s in spellings() if s.startswith("torch.Tensor.")]
-            raise UnknownOpError(
-                f"a value has no {name!r}.{did_you_mean(spelling, methods)}", where=users_line()
-            )
-        method = function(spelling)
-        return lambda *args, **kwargs: method(self, *args, **kwargs)
 
 
 class FilledValue:

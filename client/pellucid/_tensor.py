@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from pellucid_shared.errors import RecordingError, UnknownOpError, did_you_mean
+from pellucid_shared.errors import RecordingError, UnknownOpError
 from pellucid_shared.ops import Kind, Op, lookup
 from pellucid_shared.packing import WireTensor
 
 from . import _values
-from ._call import call, spellings, values_in
+from ._call import call, nearest_to, spellings, values_in
 from ._lines import users_line
 from ._operators import Operators
 from ._recorder import Recorder
@@ -88,13 +88,6 @@ class TensorValue(Operators, torch.Tensor):  # type: ignore[misc, override]
         if op is None:
             raise _unknown(func, name)
         return call(op, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise UnknownOpError(
-            f"a value has no {name!r}.{did_you_mean('torch.Tensor.' + name, _methods())}", where=users_line()
-        )
 
 
 class RecordingMode(TorchFunctionMode):
@@ -205,11 +198,6 @@ def _factories() -> dict[int, Op]:
     }
 
 
-@functools.cache
-def _methods() -> tuple[str, ...]:
-    return tuple(name for name in spellings() if name.startswith("torch.Tensor."))
-
-
 def _resolve(name: str) -> Any:
     """torch's object of that dotted name, or None where this torch has none."""
     found: Any = torch
@@ -226,7 +214,7 @@ def _takes(op: Op, kwargs: Mapping[str, Any]) -> bool:
 def _unknown(func: Callable[..., Any], name: str) -> UnknownOpError:
     full = _dotted(func, name)
     return UnknownOpError(
-        f"{full} is not an operation a graph may hold.{did_you_mean(full, spellings())}", where=users_line()
+        f"{full} is not an operation a graph may hold.{nearest_to(full)}", where=users_line()
     )
 
 

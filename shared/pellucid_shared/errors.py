@@ -95,11 +95,11 @@ class GraphError(PellucidError):
     slug, title, status = "invalid-graph", "The graph is not valid", 422
 
 
-class UnknownModuleError(GraphError):
+class UnknownModuleError(GraphError, AttributeError):
     slug, title = "unknown-module", "The model has no such module"
 
 
-class UnknownOpError(GraphError):
+class UnknownOpError(GraphError, AttributeError):
     slug, title = "unknown-op", "No such operation is allowed"
 
 
@@ -111,7 +111,7 @@ class ShapeError(GraphError):
     slug, title = "shape-mismatch", "Shapes or dtypes do not fit"
 
 
-class IndexOutOfRangeError(GraphError):
+class IndexOutOfRangeError(GraphError, IndexError):
     slug, title = "index-out-of-range", "An index is out of range"
 
 
@@ -200,7 +200,7 @@ def _by_slug() -> dict[str, type[PellucidError]]:
     stack: list[type[PellucidError]] = [PellucidError]
     while stack:
         cls = stack.pop()
-        found[cls.slug] = cls
+        found.setdefault(cls.slug, cls)  # a subclass without a slug of its own does not stand in for it
         stack.extend(cls.__subclasses__())
     return found
 
