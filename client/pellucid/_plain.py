@@ -15,14 +15,18 @@ from ._operators import BINARY, COMPARISONS, INPLACE, Operators
 from ._recorder import Recorder
 
 
-class PlainValue(Operators):
+class _Layout:
+    """What both classes have first among their bases: a class may change only to one of the same layout."""
+
+
+class PlainValue(_Layout, Operators):
     """A value of the trace. Once the run completes it becomes a :class:`FilledValue`."""
 
     def __init__(self, recorder: Recorder, node: int) -> None:
         self._recorder, self._node = recorder, node
 
 
-class FilledValue:
+class FilledValue(_Layout):
     """A saved value after its run: behaves as the numpy array ``value``."""
 
     value: Any
