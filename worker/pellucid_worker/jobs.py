@@ -99,7 +99,7 @@ class Jobs:
     def claim(self, job: str) -> Claim | None:
         """Take a queued job, or one whose lease has expired; None where it is not to be had."""
         keys = [keyspace.job(job), keyspace.LEASES, keyspace.model_waiting(self._model)]
-        arguments = [job, time.time(), keyspace.LEASE_SECONDS, keyspace.MAX_ATTEMPTS]
+        arguments: list[str | float] = [job, time.time(), keyspace.LEASE_SECONDS, keyspace.MAX_ATTEMPTS]
         attempt = self._claim(keys, arguments)
         if attempt is None:
             return None
@@ -149,5 +149,15 @@ class Jobs:
         keys = [keyspace.job(claim.job), keyspace.job_events(claim.job), keyspace.LEASES]
         data = json.dumps({"state": state.value, **more})
         kept, ttl = keyspace.EVENTS_KEPT, keyspace.JOB_TTL_SECONDS
-        arguments = [claim.job, claim.attempt, state.value, time.time(), field, value, data, kept, ttl]
+        arguments: list[str | float] = [
+            claim.job,
+            claim.attempt,
+            state.value,
+            time.time(),
+            field,
+            value,
+            data,
+            kept,
+            ttl,
+        ]
         return bool(self._finish(keys, arguments))

@@ -79,4 +79,4 @@ class Registration:
     def _others_alive(self) -> bool:
         since = time.time() - keyspace.LEASE_SECONDS
         alive = self._redis.zrangebyscore(keyspace.model_workers(self._model), since, "+inf")
-        return any(worker != self.worker.encode() for worker in alive)  # type: ignore[union-attr]
+        return any(worker != self.worker.encode() for worker in alive)
