@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 import op_strategies_einsum
+import op_strategies_functional
 import op_strategies_linalg
 from op_values import DIMS, DTYPE_NAMES, DTYPE_VALUES, Call, call, shapes, specs
 from pellucid_shared.specs import TensorSpec
@@ -355,7 +356,7 @@ for _name in names(
 ):
     INTEGER_FILL[_name] = 0
 
-for _family in (op_strategies_linalg, op_strategies_einsum):
+for _family in (op_strategies_linalg, op_strategies_einsum, op_strategies_functional):
     STRATEGIES.update(_family.STRATEGIES)
     STRICTER.update(_family.STRICTER)
     META_ONLY.update(_family.META_ONLY)
