@@ -1,4 +1,4 @@
-"""`pellucid serve`: the gateway on its own."""
+"""The server's commands: `pellucid serve`, the gateway on its own, and `pellucid up`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 import click
 
 from pellucid_shared.errors import PellucidError
+
+from .up import up as up
 
 
 @click.command()
