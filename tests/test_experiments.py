@@ -26,7 +26,7 @@ NEOX = Arch(
     "attention",
     "dense",
     "gpt_neox.final_layer_norm",
-    "embed_out",
+    "lm_head",
     "gpt_neox.embed_in",
     0,
 )
