@@ -88,13 +88,29 @@ def sizes(torch: Any, model: Any) -> None:
     h.reshape(h.numel()).save()
 
 
+def patterns(torch: Any, model: Any) -> None:
+    import einops
+
+    h = model.h[0].output
+    heads = einops.rearrange(h, "b t (n d) -> b n t d", n=2)
+    means = einops.reduce(heads, "b n t d -> b t", "mean").save()
+    einops.reduce(heads, "b n t d -> n", "prod").save()
+    einops.repeat(means, "b t -> b t 3").save()
+    einops.einsum(h, h, "b t d, b s d -> b t s").save()
+    einops.rearrange([h, h], "n b t d -> b t n d").save()
+    einops.pack([h, h], "b * d")[0].save()
+
+
 BODIES: dict[str, Body] = {
-    body.__name__: body for body in (operators, indexing, functions, dtypes, writes, structures, sizes)
+    body.__name__: body
+    for body in (operators, indexing, functions, dtypes, writes, structures, sizes, patterns)
 }
 
 
 def graphs(torch: Any) -> dict[str, str]:
     """The JSON of each body's graph."""
+    import einops  # noqa: F401 (before the trace, as the file of a user has it)
+
     from client_fixtures import CardModel
 
     found = {}

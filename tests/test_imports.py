@@ -29,8 +29,8 @@ THIRD: dict[str, tuple[set[str], set[str]]] = {
     "pellucid_shared": ({"pydantic"}, {"numpy", "safetensors", "ml_dtypes"}),
     "pellucid": ({"click"}, {"numpy", "httpx", "rich", "torch", "einops"}),
 }
-#: The module of the client that is imported only once torch is known to be there.
-TORCH_SIDE = "client/pellucid/_tensor.py"
+#: Modules of the client that are imported only once the package they are for is known to be there.
+SIDES = {"client/pellucid/_tensor.py": {"torch"}, "client/pellucid/_einops.py": {"einops"}}
 
 
 def sources(package: str) -> list[Path]:
@@ -66,11 +66,11 @@ def test_each_package_imports_only_what_it_may_of_ours(package: str) -> None:
 def test_the_base_install_imports_only_its_dependencies(package: str) -> None:
     anywhere, inside_only = THIRD[package]
     for path in sources(package):
-        torch_side = str(path.relative_to(ROOT)) == TORCH_SIDE
+        side = SIDES.get(str(path.relative_to(ROOT)), set())
         for name, inside in imports(ast.parse(path.read_text())):
             if name in sys.stdlib_module_names or name in PACKAGES.values():
                 continue
-            allowed = anywhere | (inside_only if inside or torch_side else set())
+            allowed = anywhere | side | (inside_only if inside else set())
             assert name in allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 

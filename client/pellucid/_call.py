@@ -112,7 +112,9 @@ def by_name(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str,
     rest, named = list(args), {k: v for k, v in kwargs.items() if not k.startswith("_")}
     given: dict[str, Any] = {}
     for param in op.params:
-        if param.variadic and rest:
+        if param.keywords:
+            given[param.name], named = named, {}
+        elif param.variadic and rest:
             whole = len(rest) == 1 and isinstance(rest[0], list | tuple)
             given[param.name] = tuple(rest[0]) if whole else tuple(rest)
             rest = []
@@ -143,6 +145,9 @@ def canonical(op: Op, given: Mapping[str, Any], recorder: Recorder) -> tuple[tup
     for param in op.params:
         if param.name not in given:
             gap = True
+            continue
+        if param.keywords:
+            kwargs.update({k: graph_value(v, recorder) for k, v in given[param.name].items()})
             continue
         value = _argument(param, given[param.name], recorder)
         if gap or param.keyword_only:

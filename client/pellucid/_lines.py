@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from types import FrameType
@@ -20,17 +21,15 @@ _OWN = (
 
 def users_line() -> str:
     """``file:line`` of the code that called into Pellucid. Reads no variables and no source."""
-    inside = _inside()
+    inside = _inside(tuple(name for name in _PACKAGES if name in sys.modules))
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(inside):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "unknown line"
 
 
-def _inside() -> tuple[str, ...]:
-    found = list(_OWN)
-    for name in _PACKAGES:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file:
-            found.append(os.path.dirname(file) + os.sep)
-    return tuple(found)
+@functools.cache
+def _inside(loaded: tuple[str, ...]) -> tuple[str, ...]:
+    """Prefixes of the files whose frames are not the user's."""
+    files = [getattr(sys.modules[name], "__file__", None) for name in loaded]
+    return (*_OWN, *(os.path.dirname(file) + os.sep for file in files if file))

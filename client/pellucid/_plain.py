@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -105,6 +106,8 @@ class PlainBackend:
         """Nothing is ever adopted."""
 
     def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
+        if "einops" in sys.modules:
+            from . import _einops  # noqa: F401 (einops finds the backend by its base class)
         return nullcontext()
 
     def shape(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
