@@ -3,7 +3,8 @@
 A packed structure is one safetensors file: tensors are named ``0``, ``1``, ... in order, and the structure is
 JSON in the header's ``__metadata__`` under ``pellucid``, in the tags of ``values.py`` with ``{"ref": i}`` for
 tensor i. complex128, which safetensors cannot name, is stored as float64 with a trailing axis of 2 and listed
-under ``complex128``. numpy and safetensors are imported when they are first used.
+under ``complex128``. Reading checks everything that could later hurt torch or numpy: sizes, ranks, and that
+booleans are 0 or 1. numpy is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-from .errors import PellucidError, RequestError
-from .graph import loads
+from .errors import GraphError, LimitError, PellucidError, RequestError
+from .graph import MAX_BYTES, loads
 from .specs import DTYPES, TensorSpec
-from .values import Ref, decode, dumps, encode, substitute
+from .values import Ref, contains, decode, dumps, encode, substitute
 
 _BY_WIRE = {info.wire: info.name for info in DTYPES.values()}
+_PLAIN = (bool, int, float, complex, str, type(None))
 _STRUCTURE, _COMPLEX = "pellucid", "complex128"
-_HEADER_LIMIT = 64 * 2**20
+_MAX_RANK = 64  # numpy's and torch's own
+_CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +89,20 @@ def pack(structure: Any) -> bytes:
 
     Raises:
         GraphError: something else is in it.
+        LimitError: the structure and its tensors' names take more than 8 MiB.
     """
     tensors: list[WireTensor] = []
 
     def leaf(value: Any) -> Any:
-        if not isinstance(value, WireTensor):
-            return value
-        tensors.append(value)
-        return Ref(len(tensors) - 1)
+        if isinstance(value, WireTensor):
+            tensors.append(value)
+            return Ref(len(tensors) - 1)
+        if not isinstance(value, _PLAIN):
+            raise GraphError(f"a value of type {type(value).__name__} cannot be sent")
+        return value
 
+    if contains(structure, slice):
+        raise GraphError("a value of type slice cannot be sent")
     plain = dumps(encode(substitute(structure, leaf))).decode()
     return _serialize({str(i): t for i, t in enumerate(tensors)}, {_STRUCTURE: plain})
 
@@ -106,19 +114,25 @@ def unpack(data: bytes) -> Any:
         RequestError: not such a file.
     """
     tensors, metadata = _deserialize(data)
+    _check_bools(tensors)
     text = metadata.get(_STRUCTURE)
     if text is None:
         raise RequestError("the safetensors file holds no structure")
 
     def leaf(value: Any) -> Any:
-        if not isinstance(value, Ref):
+        if isinstance(value, _PLAIN):
             return value
+        if not isinstance(value, Ref):
+            raise RequestError(f"the structure holds a {type(value).__name__}, which no result holds")
         if str(value.node) not in tensors:
             raise RequestError(f"the structure names tensor {value.node}, which the file does not hold")
         return tensors[str(value.node)]
 
     try:
-        return substitute(decode(loads(text)), leaf)
+        structure = decode(loads(text))
+        if contains(structure, slice):
+            raise RequestError("the structure holds a slice, which no result holds")
+        return substitute(structure, leaf)
     except RequestError:
         raise
     except PellucidError as error:
@@ -137,6 +151,7 @@ def unpack_tensors(data: bytes) -> dict[str, WireTensor]:
         RequestError: not safetensors, or a tensor whose name is not its digest.
     """
     tensors, _ = _deserialize(data)
+    _check_bools(tensors)
     for name, tensor in tensors.items():
         if digest(tensor) != name:
             raise RequestError(
@@ -168,6 +183,11 @@ def _serialize(tensors: Mapping[str, WireTensor], metadata: dict[str, str]) -> b
         header = {"__metadata__": metadata, **header}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_BYTES:
+        raise LimitError(
+            f"{len(tensors)} tensors and the structure around them take {len(text)} bytes of header; at most "
+            f"{MAX_BYTES} are taken: stack tensors, or send fewer values"
+        )
     return b"".join([len(text).to_bytes(8, "little"), text, *(t.data for t in tensors.values())])
 
 
@@ -179,8 +199,10 @@ def _deserialize(data: bytes) -> tuple[dict[str, WireTensor], dict[str, str]]:
     """
     view = memoryview(data)
     length = int.from_bytes(view[:8], "little")
-    if len(view) < 8 or length > min(len(view) - 8, _HEADER_LIMIT):
+    if len(view) < 8 or length > len(view) - 8:
         raise RequestError("this is not a safetensors file: its header is longer than the file")
+    if length > MAX_BYTES:
+        raise LimitError(f"the safetensors header is {length} bytes; at most {MAX_BYTES} are taken")
     try:
         header = loads(bytes(view[8 : 8 + length]))
     except PellucidError as error:
@@ -212,12 +234,15 @@ def _start(entry: Any) -> tuple[int, int]:
 
 
 def _tensor(name: str, entry: dict[str, Any], body: memoryview, double: bool) -> tuple[WireTensor, int, int]:
-    (start, stop), wire, shape = _start(entry), entry.get("dtype"), entry.get("shape")
-    if wire not in _BY_WIRE or not _counts(shape):
+    start, stop = _start(entry)
+    wire, shape = entry.get("dtype"), entry.get("shape")
+    if not isinstance(wire, str) or wire not in _BY_WIRE or not _counts(shape):
         raise RequestError(f"the tensor {name[:80]!r} has no known dtype or shape in the safetensors header")
     dtype = _BY_WIRE[wire]
     if double and (dtype != "float64" or shape[-1:] != [2]):
         raise RequestError(f"the tensor {name[:80]!r} is said to be complex128 and is not stored as such")
+    if len(shape) > _MAX_RANK + double or math.prod(size or 1 for size in shape) >= 2**63:
+        raise RequestError(f"the tensor {name[:80]!r} has a shape that no tensor can have")
     if not start <= stop <= len(body) or math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
         raise RequestError(
             f"the tensor {name[:80]!r} does not fill the bytes the safetensors header gives it"
@@ -227,17 +252,27 @@ def _tensor(name: str, entry: dict[str, Any], body: memoryview, double: bool) ->
     return WireTensor(dtype, tuple(shape), body[start:stop]), start, stop
 
 
-def _doubles(metadata: Mapping[str, str]) -> list[str]:
+def _doubles(metadata: Mapping[str, str]) -> frozenset[str]:
     try:
-        names = json.loads(metadata.get(_COMPLEX, "[]"))
-    except (json.JSONDecodeError, RecursionError):
+        names = loads(metadata.get(_COMPLEX, "[]"))
+    except PellucidError:
         names = None
-    if not isinstance(names, list):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RequestError("the safetensors metadata names no list of complex tensors")
-    return names
+    return frozenset(names)
 
 
-def _counts(value: Any) -> bool:
+def _check_bools(tensors: Mapping[str, WireTensor]) -> None:
+    """Refuse booleans other than 0 and 1: torch's kernels take them at their word, and count with them."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == "bool":
+            data = memoryview(tensor.data)
+            for start in range(0, len(data), _CHUNK):
+                if bytes(data[start : start + _CHUNK]).translate(None, b"\0\1"):
+                    raise RequestError(f"the tensor {name[:80]!r} is bool and holds bytes other than 0 and 1")
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in value
     )
