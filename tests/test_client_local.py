@@ -103,6 +103,27 @@ def test_the_models_whole_output_can_be_saved(model: Any, plain: Any) -> None:
     torch.testing.assert_close(output["logits"], forward(plain, torch.tensor(IDS)).logits)
 
 
+def test_modules_that_return_structures_are_applied_out_of_order(model: Any, plain: Any) -> None:
+    with model.trace(IDS):
+        embedded = model.model.embed_tokens.output
+        rotations = model.model.rotary_emb.output
+        attended, weights = model.model.layers[0].self_attn(
+            embedded, position_embeddings=rotations, attention_mask=None
+        )
+        whole = model.model(inputs_embeds=embedded)
+        by_name, by_place = whole.last_hidden_state, whole[0]
+        assert weights is None
+        assert by_name is by_place
+        pellucid.save([attended, by_name])
+    with torch.no_grad():
+        wanted = plain.model(input_ids=torch.tensor(IDS)).last_hidden_state
+        embedded = plain.model.embed_tokens(torch.tensor(IDS))
+        cosine_and_sine = plain.model.rotary_emb(embedded, torch.arange(len(IDS[0]))[None])
+        alone, _ = plain.model.layers[0].self_attn(embedded, cosine_and_sine, None)
+    torch.testing.assert_close(by_name, wanted)
+    torch.testing.assert_close(attended, alone)
+
+
 def test_a_buffer_of_the_users_is_filled_by_the_run(model: Any, plain: Any) -> None:
     means = torch.zeros(2)
     with model.trace(IDS):
@@ -179,6 +200,7 @@ def test_every_mistake_names_what_was_asked_what_was_found_and_the_line(model: A
     fails(RecordingError, "use torch.where", lambda: bool(head.output.sum() > 0))
     fails(RecordingError, r"float\(\) is known only to the run", lambda: float(head.output.sum()))
     fails(RecordingError, r"use torch.stack\(\[...\]\)", lambda: torch.tensor([head.output.sum()]))
+    fails(UnknownOpError, "a value has no 'grad'", lambda: head.output.grad)
     fails(ShapeError, "tuple cannot be joined", lambda: (1,) + layers[0].output[1:])  # noqa: RUF005
 
 

@@ -214,7 +214,7 @@ def test_showing_a_value_records_nothing_and_says_site_shape_and_line() -> None:
     with model.trace("hello") as tracer:
         h = model.h[0].output
         before = len(tracer.graph.nodes)
-        text = f"{h} {h!r} {h!s}"
+        text = f"{h:.3f} {h!r} {h!s}"
         assert len(tracer.graph.nodes) == before
     assert text.count("<h.0.output [1, tokens, 8] float32, ") == 3
     assert "test_client_recording.py:" in text

@@ -16,7 +16,7 @@ from . import _values
 from ._backend import backend
 from ._lines import users_line
 from ._recorder import Recorder, active
-from ._structure import named_tuple
+from ._structure import DictValue, Unread, named_tuple
 from ._value import Value
 
 #: Python's own types where a dtype stands, as torch reads them.
@@ -98,13 +98,18 @@ def _unpacked(recorder: Recorder, node: int, spec: Any, fields: Sequence[str] = 
         return backend().tensor(recorder, node)
     if isinstance(spec, tuple | list):
         members = [
-            _unpacked(recorder, recorder.add("getitem", (Ref(node), i)), part) for i, part in enumerate(spec)
+            _unpacked(recorder, _member(recorder, node, i), part) if part is not None else None
+            for i, part in enumerate(spec)
         ]
         return named_tuple(members, fields)
-    raise RecordingError(
-        f"{recorder.describe(node)} yields a {type(spec).__name__}, which cannot be used in a trace",
-        where=users_line(),
-    )
+    if isinstance(spec, dict):
+        parts = {k: v for k, v in spec.items() if v is not None}
+        return DictValue((k, _unpacked(recorder, _member(recorder, node, k), v)) for k, v in parts.items())
+    return None  # what is no tensor (a cache, None) has no place in a graph
+
+
+def _member(recorder: Recorder, node: int, key: int | str) -> int:
+    return recorder.add("getitem", (Ref(node), key))
 
 
 def by_name(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +172,8 @@ def graph_value(value: Any, recorder: Recorder) -> Any:
     """
     if isinstance(value, Value):
         return value.ref(recorder)
+    if isinstance(value, Unread):
+        return graph_value(value.read_all(), recorder)
     if value is None or value is Ellipsis or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float | complex):

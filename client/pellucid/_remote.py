@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ class RemoteModel:
                 job.wait(status)
                 return job.result(status), job
             except KeyboardInterrupt:
-                job.cancel()
+                with contextlib.suppress(PellucidError):
+                    job.cancel()
                 raise
 
 

@@ -12,7 +12,7 @@ from ._backend import backend
 from ._call import graph_value, recorder_of
 from ._lines import users_line
 from ._recorder import Recorder, active
-from ._structure import wrapped
+from ._structure import Unread, wrapped
 from ._value import Value
 
 
@@ -31,7 +31,7 @@ def save(value: Any, name: str | None = None) -> Any:
         RecordingError: no trace is open.
         GraphError: the name is taken.
     """
-    if not isinstance(value, Value | list | tuple | dict) and hasattr(value, "read_all"):
+    if isinstance(value, Unread):
         value = value.read_all()
     recorder = recorder_of(value) or active()
     value = wrapped(value)

@@ -25,6 +25,7 @@ from pellucid_shared.values import Site
 from ._call import graph_value, value_of
 from ._lines import users_line
 from ._recorder import Recorder
+from ._structure import Unread
 from ._value import Value
 
 
@@ -47,7 +48,7 @@ class Untouched:
         raise SiteError(f"{self.site} is {self.what}; it cannot be read or written", where=users_line())
 
 
-class SiteStructure:
+class SiteStructure(Unread):
     """A site that holds several things: a tuple, a dict, or a model's output with named fields.
 
     Members are read by position or name, iterated and unpacked; assigning to one replaces it in the model.

@@ -27,12 +27,30 @@ class _Structure:
         return save(self, name)
 
 
+class Unread:
+    """A structure whose tensors are read when they are reached for: what a site with several members is."""
+
+    def read_all(self) -> Any:
+        """The plain structure with every tensor read."""
+        raise NotImplementedError
+
+
 class ListValue(_Structure, list[Any]):
     """A list of values."""
 
 
 class DictValue(_Structure, dict[str, Any]):
-    """A dict of values."""
+    """A dict of values; as a model's output it can also be read by attribute and by position."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"there is no {name!r}; there is {', '.join(self)}")
+
+    def __missing__(self, key: Any) -> Any:
+        if isinstance(key, int) and -len(self) <= key < len(self):
+            return list(self.values())[key]
+        raise KeyError(f"there is no {key!r}; there is {', '.join(self)}")
 
 
 class TupleValue(_Structure, tuple[Any, ...]):

@@ -80,8 +80,8 @@ class TensorValue(Operators, torch.Tensor):  # type: ignore[misc, override]
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         op = _functions().get(id(func))
-        if op is None and name == "__get__":  # a property reached through torch.Tensor itself
-            return getattr(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
+        if name == "__get__":  # a property that a value does not answer itself, or one of torch.Tensor
+            return _property(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
         if op is None and name in _ANSWERED and args and isinstance(args[0], Value):
             return getattr(Operators, name)(*args, **kwargs)
         next(values_in((*args, *kwargs.values()))).recorder.require_open()
@@ -93,10 +93,6 @@ class TensorValue(Operators, torch.Tensor):  # type: ignore[misc, override]
 class RecordingMode(TorchFunctionMode):
     """While a trace is written: factories become values, and Python lists of values are refused with the
     right spelling. Thread-local, as all of torch's modes are."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
 
     def __torch_function__(
         self,
@@ -160,7 +156,7 @@ class TorchBackend:
                 _forget(value)
 
     def recording(self, recorder: Recorder) -> RecordingMode:
-        return RecordingMode(recorder)
+        return RecordingMode()
 
     def shape(self, sizes: tuple[int, ...]) -> torch.Size:
         return torch.Size(sizes)
@@ -216,6 +212,13 @@ def _unknown(func: Callable[..., Any], name: str) -> UnknownOpError:
     return UnknownOpError(
         f"{full} is not an operation a graph may hold.{nearest_to(full)}", where=users_line()
     )
+
+
+def _property(value: TensorValue, name: str) -> Any:
+    answered = getattr(Operators, name, None)
+    if isinstance(answered, property):
+        return answered.__get__(value)
+    raise UnknownOpError(f"a value has no {name!r}.{nearest_to(f'torch.Tensor.{name}')}", where=users_line())
 
 
 def _dotted(func: Callable[..., Any], name: str) -> str:

@@ -203,4 +203,4 @@ class Value:
     __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return format(self._describe(), spec)
+        return self._describe()  # a format for numbers (`{loss:.3f}`) has no number to format yet
