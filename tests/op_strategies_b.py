@@ -56,13 +56,17 @@ _PARTS = ["int", "slice", "slice", "none", "dots", "tensor", "list", "mask", "en
 def _index(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
     parts: list[Any] = []
     axis, dots = 0, False
+    # How many elements a mask picks is its values' affair, so it is not mixed with index tensors here.
+    kinds = _PARTS if draw(st.booleans()) else [k for k in _PARTS if k != "mask"]
     while axis < len(shape) or draw(st.integers(0, 9)) == 0:
         size = shape[axis] if axis < len(shape) else 2
-        kind = draw(
-            st.sampled_from(["int", "slice", "slice", "none", "dots", "tensor", "list", "mask", "end"])
-        )
+        kind = draw(st.sampled_from(kinds))
         if kind == "end":
             break
+        if kind in ("tensor", "list"):
+            kinds = [k for k in kinds if k != "mask"]
+        elif kind == "mask":
+            kinds = [k for k in kinds if k not in ("tensor", "list", "mask")]
         if kind == "none":
             parts.append(None)
             continue
@@ -99,8 +103,12 @@ def _getitem(draw: st.DrawFn) -> Call:
 def _setitem(draw: st.DrawFn) -> Call:
     shape, dtype = draw(_SMALL), draw(DTYPE_NAMES)
     other = st.one_of(st.just(dtype), DTYPE_NAMES)
-    value = draw(st.one_of(NUMBERS, specs(0, 2, other, st.sampled_from([1, 2, 3]))))
-    return (TensorSpec(shape, dtype), draw(_index(shape)), value), {}
+    index = draw(_index(shape))
+    parts = index if isinstance(index, tuple) else (index,)
+    masked = any(isinstance(part, TensorSpec) and part.dtype == "bool" for part in parts)
+    sizes = st.just(1) if masked else st.sampled_from([1, 2, 3])
+    value = draw(st.one_of(NUMBERS, specs(0, 2, other, sizes)))
+    return (TensorSpec(shape, dtype), index, value), {}
 
 
 STRATEGIES["getitem"] = _getitem
@@ -191,10 +199,12 @@ STRATEGIES["torch.permute"] = _permute
 STRATEGIES["torch.movedim"] = st.one_of(call(specs(), DIMS, DIMS), call(specs(0, 4), _PAIRS, _PAIRS))
 for _name in ("tensor.expand", "torch.broadcast_to"):
     STRATEGIES[_name] = _expand
+    STRICTER[_name] = "a new axis of size -1, which torch takes for a tensor without dimensions"
 STRATEGIES["tensor.expand_as"] = _expand_as
 _TIMES = st.lists(st.integers(-1, 3), max_size=4).map(tuple)
 STRATEGIES["tensor.repeat"] = call(specs(), _TIMES)
 STRATEGIES["torch.tile"] = call(specs(), _TIMES)
+STRICTER["torch.tile"] = "negative repeats, which torch overlooks in tensors without elements"
 STRATEGIES["torch.repeat_interleave"] = call(specs(), st.integers(-1, 3), dim=DIMS)
 STRATEGIES["torch.flip"] = call(specs(), _PAIRS)
 STRATEGIES["torch.roll"] = st.one_of(
@@ -233,12 +243,14 @@ def _alike(draw: st.DrawFn, low: int = 0) -> tuple[TensorSpec, ...]:
 
 for _name in names("cat concat concatenate"):
     STRATEGIES[f"torch.{_name}"] = call(_alike(), dim=DIMS)
+    STRICTER[f"torch.{_name}"] = "a dim out of range, which torch overlooks in tensors without elements"
 STRATEGIES["torch.stack"] = call(_alike(), dim=DIMS)
 for _name in names("hstack vstack"):
     STRATEGIES[f"torch.{_name}"] = call(_alike())
 _LENGTHS = st.lists(st.integers(-1, 3), max_size=3)
 STRATEGIES["torch.split"] = call(specs(), st.one_of(st.integers(-1, 4), _LENGTHS), dim=DIMS)
-STRATEGIES["torch.split_with_sizes"] = call(specs(), _LENGTHS, dim=DIMS)
+_SUMS = st.sampled_from([[1, 1], [2], [1, 2], [3], [0, 3], [2, 2]])
+STRATEGIES["torch.split_with_sizes"] = call(specs(1), st.one_of(_SUMS, _SUMS, _LENGTHS), dim=DIMS)
 STRATEGIES["torch.chunk"] = call(specs(), st.integers(0, 5), dim=DIMS)
 STRATEGIES["torch.tensor_split"] = call(
     specs(), st.one_of(st.integers(0, 5), st.lists(st.integers(-5, 5), max_size=3).map(tuple)), dim=DIMS
@@ -295,7 +307,9 @@ def _placed(draw: st.DrawFn) -> Call:
 @drawn
 def _index_fill(draw: st.DrawFn) -> Call:
     value = draw(st.one_of(NUMBERS, specs(0, 1)))
-    return (draw(specs(sizes=_FILLED)), draw(DIMS), draw(specs(0, 2, _INDEX_DTYPES)), value), {}
+    x = draw(specs(1, 3, sizes=_FILLED))
+    index = draw(specs(0, 1 + (draw(st.integers(0, 7)) == 0), st.sampled_from(["int64", "int64", "int32"])))
+    return (x, draw(st.integers(-x.ndim - 1, x.ndim - 1)), index, value), {}
 
 
 @drawn
@@ -329,6 +343,8 @@ def _masked_scatter(draw: st.DrawFn) -> Call:
 
 
 STRATEGIES["torch.gather"] = _gather
+STRICTER["torch.gather"] = "an index of another dtype, which torch overlooks if it has no elements"
+STRICTER["torch.take_along_dim"] = "int32 indices, which torch takes without a dim only"
 STRATEGIES["torch.take"] = call(specs(sizes=_FILLED), specs(0, 2, _INDEX_DTYPES))
 STRATEGIES["torch.take_along_dim"] = _take_along_dim
 both("scatter", _scatter)
@@ -338,7 +354,7 @@ both("index_copy", _placed)
 both("index_fill", _index_fill)
 both("masked_fill", _masked_fill)
 both("masked_scatter", _masked_scatter)
-for _name in names("torch.masked_fill tensor.masked_fill_ torch.index_fill tensor.index_fill_"):
+for _name in names("torch.masked_fill tensor.masked_fill_"):
     STRICTER[_name] = "a fill that would lose an imaginary part"
 STRATEGIES["torch.masked_select"] = st.tuples(_masked(), st.just({}))
 STRATEGIES["torch.nonzero"] = call(specs(), as_tuple=st.booleans())

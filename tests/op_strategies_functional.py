@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from op_strategies_linalg import also, chain
-from op_values import DIMS, DTYPE_NAMES, DTYPE_VALUES, Call, call, fitting, shapes, specs
+from op_values import DIMS, DTYPE_VALUES, Call, call, fitting, shapes, specs
 from pellucid_shared.specs import TensorSpec
 
 STRATEGIES: dict[str, SearchStrategy[Call]] = {}
@@ -38,7 +38,7 @@ def _maybe(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> TensorSpec | 
 _functional(
     "linear",
     chain("ij,kj", "ij,kj,k", "aij,kj", "j,kj,k", "j,j", "ij,kj,i", ",kj"),
-    "weights that broadcast",
+    "weights that broadcast, or that are vectors",
 )
 _functional(
     "embedding",
@@ -77,7 +77,11 @@ _functional("rms_norm", _normed(False))
 _functional("group_norm", _grouped())
 _functional("normalize", call(specs(1, 3), p=st.sampled_from([1.0, 2.0]), dim=DIMS))
 for _name in ("softmax", "log_softmax"):
-    _functional(_name, call(specs(), DIMS, dtype=DTYPE_VALUES, _stacklevel=st.just(3)))
+    _functional(
+        _name,
+        call(specs(), DIMS, dtype=DTYPE_VALUES, _stacklevel=st.just(3)),
+        "dtypes that torch overlooks in tensors without elements",
+    )
 _functional("dropout", call(specs(), st.just(0.5), _BOOLS), "training=True, which a trace has no use for")
 
 
@@ -101,9 +105,7 @@ def _attention(draw: st.DrawFn) -> Call:
 
 
 _functional(
-    "scaled_dot_product_attention",
-    _attention(),
-    "masks of other floating dtypes",
+    "scaled_dot_product_attention", _attention(), "masks of one dimension, which only some kernels take"
 )
 
 # --- losses ------------------------------------------------------------------------------------------------
@@ -113,7 +115,8 @@ _PAIR = st.tuples(
     fitting(2, st.sampled_from(["float32", "float32", "float64", "int64", "complex64"])), st.just({})
 )
 for _name in ("mse_loss", "smooth_l1_loss", "huber_loss"):
-    _functional(_name, also(_PAIR, **_REDUCTION), "dtypes that only some backends take")
+    _functional(_name, also(_PAIR, **_REDUCTION))
+STRICTER["torch.nn.functional.huber_loss"] = "dtypes that differ"
 _functional("l1_loss", also(_PAIR, **_REDUCTION), "whole numbers, which have no mean")
 _functional(
     "kl_div",
@@ -132,7 +135,7 @@ def _binary(draw: st.DrawFn, logits: bool) -> Call:
     return (x, target), kwargs
 
 
-_functional("binary_cross_entropy", _binary(False), "weights of another shape that happen to expand")
+_functional("binary_cross_entropy", _binary(False))
 _functional("binary_cross_entropy_with_logits", _binary(True), "dtypes that differ")
 
 
@@ -154,8 +157,10 @@ def _classes(draw: st.DrawFn, probabilities: bool) -> Call:
 
 
 for _name in ("nll_loss", "cross_entropy"):
-    _functional(_name, _classes(_name == "cross_entropy"), "targets of other dtypes or shapes")
+    _functional(_name, _classes(_name == "cross_entropy"))
     INTEGER_FILL[f"torch.nn.functional.{_name}"] = 0
+
+STRICTER["torch.nn.functional.cross_entropy"] = "targets of other dtypes or shapes"
 
 # --- windows -----------------------------------------------------------------------------------------------
 
@@ -188,8 +193,8 @@ def _convolved(draw: st.DrawFn) -> Call:
     }
 
 
-_functional("pad", _padded(), "negative pads in modes that add, and axes without elements")
-_functional("conv1d", _convolved())
+_functional("pad", _padded())
+_functional("conv1d", _convolved(), "whole numbers, which only the CPU takes")
 _POOL = {"stride": st.integers(1, 3), "padding": st.integers(0, 2), "ceil_mode": _BOOLS}
 _INPUTS = specs(1, 3, _FLOATS, st.integers(1, 7))
 _functional("avg_pool1d", call(_INPUTS, st.integers(1, 4), **_POOL), "whole numbers")
@@ -207,6 +212,7 @@ STRATEGIES["torch.argsort"] = call(specs(), **_ORDERED)
 STRATEGIES["torch.msort"] = call(specs())
 STRATEGIES["torch.topk"] = call(specs(), st.integers(0, 4), dim=DIMS, largest=_BOOLS, sorted=_BOOLS)
 STRATEGIES["torch.kthvalue"] = call(specs(), st.integers(0, 4), dim=DIMS, keepdim=_BOOLS)
+STRICTER["torch.unique"] = "distinct slices of tensors without elements"
 STRATEGIES["torch.unique"] = call(
     specs(), sorted=_BOOLS, return_inverse=_BOOLS, return_counts=_BOOLS, dim=DIMS
 )
@@ -225,4 +231,5 @@ STRATEGIES["torch.isin"] = call(_MEMBERS, _MEMBERS, assume_unique=_BOOLS, invert
 STRATEGIES["torch.histc"] = call(
     specs(), bins=st.integers(0, 4), min=st.sampled_from([0, -1.0]), max=st.sampled_from([1, 0, -2.0])
 )
-STRATEGIES["torch.multinomial"] = call(specs(0, 3, DTYPE_NAMES), st.integers(0, 4), _BOOLS)
+STRATEGIES["torch.multinomial"] = call(specs(1, 2, _FLOATS), st.integers(0, 4), _BOOLS)
+STRICTER["torch.multinomial"] = "no categories, which torch overlooks in tensors without rows"

@@ -34,7 +34,8 @@ def chain(*layouts: str) -> SearchStrategy[Call]:
     @st.composite
     def make(draw: st.DrawFn) -> Call:
         layout = draw(st.sampled_from(layouts)).split(",")
-        sizes = {letter: draw(_SIDES) for letter in "abcijkl"}
+        sizes = {letter: draw(_SIDES) for letter in "abijkl"}
+        sizes["c"] = 3
         dtypes = draw(_dtypes(len(layout)))
         found = []
         for letters, dtype in zip(layout, dtypes, strict=True):
@@ -83,7 +84,7 @@ STRATEGIES["torch.tensordot"] = st.one_of(
     also(chain("aij,jik"), dims=st.just(([1, 2], [1]))),
 )
 STRATEGIES["torch.linalg.cross"] = also(
-    st.tuples(fitting(2, st.sampled_from(["float32", "int64"])), st.just({})), dim=DIMS
+    st.one_of(chain("aic,aic", "ac,ac", "c,c", "ac,c"), st.tuples(fitting(2), st.just({}))), dim=DIMS
 )
 STRATEGIES["torch.cdist"] = also(
     chain("ik,jk", "aik,ajk", "baik,ajk", "i,ij"), p=st.sampled_from([1.0, 2.0, 3.0, -1.0])
@@ -144,6 +145,8 @@ _linalg("norm", call(_ANY, ord=_ORDERS, dim=st.one_of(DIMS, _PAIRS), **_KEPT))
 # Whether a matrix is singular or not positive definite is a matter of its values.
 for _name in ("cholesky", "inv", "solve", "cond"):
     META_ONLY.add(f"torch.linalg.{_name}")
-    STRICTER[f"torch.linalg.{_name}"] = "half precision, which only meta tensors take"
+    if _name != "inv":
+        STRICTER[f"torch.linalg.{_name}"] = "half precision, which only meta tensors take"
 STRICTER["torch.bmm"] = "dtypes that differ, which torch overlooks in tensors without elements"
 STRICTER["torch.baddbmm"] = "as bmm; and scales that would lose a fraction"
+STRICTER["torch.addmm"] = "scales that would lose a fraction"

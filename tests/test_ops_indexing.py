@@ -1,4 +1,4 @@
-"""Indexing rules against real tensors: each form of ``x[index]`` and ``x[index] = value``, and their errors."""
+"""Indexing rules against real tensors: each form of ``x[index]`` and ``x[index] = v``, and the errors."""
 
 from __future__ import annotations
 

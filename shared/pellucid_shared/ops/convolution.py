@@ -52,7 +52,7 @@ define(
         INPUT,
         Param("pad", Kind.INTS, low=-(2**31), high=2**31),
         Param("mode", Kind.STR, "constant", choices=("constant", "reflect", "replicate", "circular")),
-        Param("value", Kind.NUMBER, None, optional=True),
+        Param("value", Kind.NUMBER, None, optional=True, low=-float("inf"), high=float("inf")),
     ),
     _pad,
     per_result(),

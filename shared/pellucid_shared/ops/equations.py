@@ -60,8 +60,6 @@ def parse(equation: str) -> Equation:
             raise OpArgumentError(f"{equation!r}: the output's {letter} is an axis of no operand")
         if output.letters.count(letter) > 1:
             raise OpArgumentError(f"{equation!r}: the output names {letter} twice")
-    if output.after is not None and not dotted:
-        raise OpArgumentError(f"{equation!r}: the output has ... and no operand does")
     return Equation(inputs, output)
 
 

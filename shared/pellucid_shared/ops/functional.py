@@ -154,7 +154,7 @@ define(
     "torch.nn.functional.normalize",
     (
         INPUT,
-        Param("p", Kind.NUMBER, 2.0, low=0),
+        Param("p", Kind.NUMBER, 2.0, low=0, high=float("inf")),
         Param("dim", Kind.INTS, 1),
         Param("eps", Kind.NUMBER, 1e-12),
     ),
@@ -230,7 +230,7 @@ def _attention(bound: Bound) -> TensorSpec:
         scores = (*batch, q.shape[-2], k.shape[-2])
         if mask.dtype not in ("bool", q.dtype):
             raise ShapeError(f"attn_mask is bool or {q.dtype}, found {mask.dtype}")
-        if broadcast(mask.shape, scores) != scores:
+        if mask.ndim < 2 or broadcast(mask.shape, scores) != scores:
             raise ShapeError(f"attn_mask {shown(mask.shape)} does not broadcast to scores {shown(scores)}")
     return TensorSpec((*batch, q.shape[-2], v.shape[-1]), take(same_dtype(q, k, v), "f"))
 

@@ -30,9 +30,10 @@ from .rules import (
 )
 
 A = Param("A", Kind.TENSOR)
+INF = float("inf")
 _HALF = ("float16", "bfloat16")
 _DTYPE = Param("dtype", Kind.DTYPE, None, optional=True, keyword_only=True)
-_MATRIX_ORDERS = ("fro", "nuc", float("inf"), float("-inf"), 1, -1, 2, -2)
+_MATRIX_ORDERS = ("fro", "nuc", INF, -INF, 1, -1, 2, -2)
 
 
 def matrices(spec: TensorSpec, *, square: bool = False) -> tuple[Shape, int, int]:
@@ -226,7 +227,7 @@ def _norm_dtype(dtype: str, asked: str | None) -> str:
 
 def _not_empty(shape: Shape, dims: tuple[int, ...], order: Any) -> None:
     """Norms of negative or infinite order have no value over no elements."""
-    if isinstance(order, int | float) and (order < 0 or order == float("inf")):
+    if isinstance(order, int | float) and (order < 0 or order == INF):
         sizes = [shape[d] for d in dims]
         if any(size == 0 for size in sizes):
             raise ShapeError(f"the norm of order {order} needs elements, found shape {shown(shape)}")
@@ -258,9 +259,9 @@ def _matrix_norm(bound: Bound) -> TensorSpec:
 
 def _matrix_not_empty(shape: Shape, dims: tuple[int, ...], order: Any) -> None:
     if order in (2, -2):
-        _not_empty((min(shape[d] for d in dims),), (0,), float("inf"))
-    elif order in (1, -1, float("inf"), float("-inf")):
-        _not_empty(shape, (dims[1] if abs(order) == 1 else dims[0],), float("inf"))
+        _not_empty((min(shape[d] for d in dims),), (0,), INF)
+    elif order in (1, -1, INF, -INF):
+        _not_empty(shape, (dims[1] if abs(order) == 1 else dims[0],), INF)
 
 
 def _norm(bound: Bound) -> TensorSpec:
@@ -288,7 +289,7 @@ def _norm_cost(bound: Bound, result: TensorSpec) -> Cost:
 _DIM = Param("dim", Kind.INTS, None, optional=True)
 _define(
     "vector_norm",
-    (Param("x", Kind.TENSOR), Param("ord", Kind.NUMBER, 2), _DIM, KEEPDIM, _DTYPE),
+    (Param("x", Kind.TENSOR), Param("ord", Kind.NUMBER, 2, low=-INF, high=INF), _DIM, KEEPDIM, _DTYPE),
     _vector_norm,
     per_input(2),
 )

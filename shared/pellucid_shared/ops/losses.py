@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import OpArgumentError, ShapeError
-from ..specs import TensorSpec, broadcast, same_size
+from ..specs import TensorSpec, broadcast, promote, same_size
 from .functional import WEIGHT, given, of_shape
 from .registry import Bound, Kind, Param
 from .rules import (
@@ -36,14 +36,19 @@ def _define(name: str, params: tuple[Param, ...], rule: Rule) -> None:
 # --- element by element ------------------------------------------------------------------------------------
 
 
+def _met(x: TensorSpec, target: TensorSpec) -> str:
+    """torch expands both first, so that a 0-d tensor weighs as much as any other."""
+    return promote(x.dtype, target.dtype)
+
+
 def _difference(bound: Bound) -> TensorSpec:
     x, target = bound["input"], bound["target"]
-    return _loss(bound, broadcast_all(x, target), take(result_dtype(x, target), "f"))
+    return _loss(bound, broadcast_all(x, target), take(_met(x, target), "f"))
 
 
 def _l1(bound: Bound) -> TensorSpec:
     x, target = bound["input"], bound["target"]
-    return _loss(bound, broadcast_all(x, target), to_real(take(result_dtype(x, target), "fc")))
+    return _loss(bound, broadcast_all(x, target), to_real(take(_met(x, target), "fc")))
 
 
 def _huber(bound: Bound) -> TensorSpec:
@@ -52,9 +57,10 @@ def _huber(bound: Bound) -> TensorSpec:
 
 
 def _kl_div(bound: Bound) -> TensorSpec:
-    for name in ("input", "target"):
-        take(bound[name].dtype, "f")
-    return _difference(bound)
+    x, target = bound["input"], bound["target"]
+    for tensor in (x, target):
+        take(tensor.dtype, "f")
+    return _loss(bound, broadcast_all(x, target), result_dtype(x, target))
 
 
 def _binary(bound: Bound) -> TensorSpec:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import OpArgumentError, ShapeError
-from ..specs import TensorSpec, broadcast, same_size
+from ..specs import TensorSpec, broadcast, promote, same_size
 from .registry import Bound, Cost, Kind, Param
 from .rules import (
     INPUT,
@@ -140,7 +140,7 @@ def _kron(bound: Bound) -> TensorSpec:
     rank = max(a.ndim, b.ndim)
     left = (*[1] * (rank - a.ndim), *a.shape)
     right = (*[1] * (rank - b.ndim), *b.shape)
-    return TensorSpec(tuple(x * y for x, y in zip(left, right, strict=True)), result_dtype(a, b))
+    return TensorSpec(tuple(x * y for x, y in zip(left, right, strict=True)), promote(a.dtype, b.dtype))
 
 
 define(
@@ -323,6 +323,7 @@ def _pairwise(bound: Bound) -> TensorSpec:
 
 
 _EPS = Param("eps", Kind.NUMBER, 1e-8)
+_POWER = Param("p", Kind.NUMBER, 2.0, low=-float("inf"), high=float("inf"))
 define(
     "torch.linalg.cross",
     (INPUT, tensor("other"), Param("dim", Kind.INT, -1, keyword_only=True)),
@@ -332,7 +333,7 @@ define(
 )
 define(
     "torch.cdist",
-    (tensor("x1"), tensor("x2"), Param("p", Kind.NUMBER, 2.0, low=0)),
+    (tensor("x1"), tensor("x2"), Param("p", Kind.NUMBER, 2.0, low=0, high=float("inf"))),
     _cdist,
     lambda bound, result: Cost(3 * int(result.numel) * int(bound["x1"].shape[-1]), result.nbytes),
     spellings=spelled("cdist", "torch"),
@@ -346,7 +347,7 @@ define(
 )
 define(
     "torch.pairwise_distance",
-    (tensor("x1"), tensor("x2"), Param("p", Kind.NUMBER, 2.0), Param("eps", Kind.NUMBER, 1e-6), KEEPDIM),
+    (tensor("x1"), tensor("x2"), _POWER, Param("eps", Kind.NUMBER, 1e-6), KEEPDIM),
     _pairwise,
     per_input(4),
     spellings=spelled("pairwise_distance", "torch", "F"),

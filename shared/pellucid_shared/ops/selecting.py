@@ -151,7 +151,7 @@ def _take(bound: Bound) -> TensorSpec:
 
 def _take_along_dim(bound: Bound) -> TensorSpec:
     x, index = bound["input"], bound["indices"]
-    _index_dtype(index, "int64", "int32")
+    _index_dtype(index, "int64")
     if bound["dim"] is None:
         return TensorSpec((index.numel,), x.dtype)
     if x.ndim != index.ndim:
