@@ -17,13 +17,18 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from op_values import DTYPE_NAMES, call, fitting, specs
+from op_values import DIMS, DTYPE_NAMES, DTYPE_VALUES, call, fitting, specs
 from pellucid_shared.specs import TensorSpec
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 STRATEGIES: dict[str, SearchStrategy[Call]] = {}
-STRICTER: dict[str, str] = {}
+STRICTER: dict[str, str] = {
+    "torch.addcmul": "a value of a higher kind than the operands, which torch takes and cuts off",
+    "tensor.addcmul_": "a value of a higher kind than the operands, which torch takes and cuts off",
+    "torch.lerp": "a 0-d tensor of another dtype",
+    "tensor.lerp_": "a 0-d tensor of another dtype",
+}
 META_ONLY: set[str] = set()
 REAL_ONLY: set[str] = set()
 INTEGER_FILL: dict[str, int] = {}
@@ -144,3 +149,67 @@ STRATEGIES["tensor.copy_"] = _spread(_TENSORS)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     STRATEGIES[f"torch.{_name}"] = _spread(_TENSOR_OR_NUMBER)
 STRATEGIES["torch.isclose"] = _spread(_like_dtyped(2), rtol=st.just(0.1), equal_nan=st.booleans())
+
+# --- reductions --------------------------------------------------------------------------------------------
+
+_SOME_DIMS = _either(DIMS, st.lists(DIMS, min_size=1, max_size=2, unique=True).map(tuple))
+_KEEP = st.booleans()
+
+
+def _reduces(
+    names: str, dim: SearchStrategy[Any], *, dtype: bool = False, alone: bool = True, keepdim: bool = True
+) -> None:
+    """Reductions of these names: over all, over a positional dim, by keyword."""
+    more = {"dtype": DTYPE_VALUES} if dtype else {}
+    keep = {"keepdim": _KEEP} if keepdim else {}
+    for name in _names(names):
+        STRATEGIES[f"torch.{name}"] = _either(
+            call(specs(), **more),
+            call(specs(), dim, **keep, **more),
+            call(specs(), dim=dim, **(keep if alone else {}), **more),
+        )
+
+
+_MAYBE_DIMS = _either(st.none(), _SOME_DIMS)
+_reduces("sum mean", _MAYBE_DIMS, dtype=True)
+_reduces("nansum nanmean", _MAYBE_DIMS, dtype=True)
+_reduces("any all amax amin", _MAYBE_DIMS)
+_reduces("count_nonzero", _MAYBE_DIMS, keepdim=False)
+_reduces("prod", DIMS, dtype=True)
+_reduces("argmax argmin", _either(st.none(), DIMS))
+_reduces("median nanmedian", DIMS)
+STRATEGIES["torch.logsumexp"] = call(specs(), _SOME_DIMS, keepdim=_KEEP)
+STRATEGIES["torch.aminmax"] = call(specs(), dim=_either(st.none(), DIMS), keepdim=_KEEP)
+for _name in _names("std var std_mean var_mean"):
+    STRATEGIES[f"torch.{_name}"] = _either(
+        call(specs(), unbiased=_KEEP),
+        call(specs(), _MAYBE_DIMS, unbiased=_KEEP, keepdim=_KEEP),
+        call(specs(), _MAYBE_DIMS, correction=st.integers(0, 2), keepdim=_KEEP),
+        call(specs(), dim=_MAYBE_DIMS, correction=st.integers(0, 2), keepdim=_KEEP, unbiased=_KEEP),
+    )
+_P = st.sampled_from([1, 2, 2.0, 0, 3, -1, float("inf"), float("-inf"), "fro"])
+STRATEGIES["torch.norm"] = _either(
+    call(specs(), p=_P, dim=_MAYBE_DIMS, keepdim=_KEEP, dtype=DTYPE_VALUES),
+    call(specs(), _P, _MAYBE_DIMS, _KEEP),
+)
+for _name in ("max", "min"):
+    STRATEGIES[f"torch.{_name}"] = _either(
+        call(specs(), keepdim=_KEEP),
+        call(specs(), DIMS, keepdim=_KEEP),
+        call(specs(), dim=DIMS, keepdim=_KEEP),
+        _spread(_TENSORS),
+        st.builds(lambda pair: (pair[:1], {"other": pair[1]}), _TENSORS),
+    )
+_REAL_FLOATS = st.sampled_from(["float32", "float32", "float32", "float64", "bfloat16", "int64"])
+for _name in ("quantile", "nanquantile"):
+    STRATEGIES[f"torch.{_name}"] = call(
+        specs(dtypes=_REAL_FLOATS),
+        _either(st.sampled_from([0, 0.5, 1, 1.5]), specs(0, 2, ["float32"])),
+        dim=_either(st.none(), DIMS),
+        keepdim=_KEEP,
+        interpolation=st.sampled_from(["linear", "lower", "nearest", "cubic"]),
+    )
+for _name in ("cumsum", "cumprod"):
+    _pair(_name, call(specs(), DIMS, dtype=DTYPE_VALUES))
+for _name in _names("logcumsumexp cummax cummin"):
+    STRATEGIES[f"torch.{_name}"] = call(specs(), DIMS)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import op_strategies_b
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
 import op_strategies
+import op_strategies_b
+import op_strategies_c
 from pellucid_shared.errors import PellucidError, UnknownOpError
 from pellucid_shared.ops import Alias, Op, all_ops
 from pellucid_shared.ops.rules import specs_in
@@ -24,11 +25,11 @@ from pellucid_shared.specs import DTYPES, Dim, TensorSpec
 from pellucid_shared.values import Device, DType, substitute
 from pellucid_worker.kernels import KERNELS, kernel, takes_device
 
-STRATEGIES = {**op_strategies.STRATEGIES, **op_strategies_b.STRATEGIES}
-STRICTER = {**op_strategies.STRICTER, **op_strategies_b.STRICTER}
-META_ONLY = op_strategies.META_ONLY | op_strategies_b.META_ONLY
-REAL_ONLY = op_strategies.REAL_ONLY | op_strategies_b.REAL_ONLY
-INTEGER_FILL = {**op_strategies.INTEGER_FILL, **op_strategies_b.INTEGER_FILL}
+STRATEGIES = {**op_strategies.STRATEGIES, **op_strategies_b.STRATEGIES, **op_strategies_c.STRATEGIES}
+STRICTER = {**op_strategies.STRICTER, **op_strategies_b.STRICTER, **op_strategies_c.STRICTER}
+META_ONLY = op_strategies.META_ONLY | op_strategies_b.META_ONLY | op_strategies_c.META_ONLY
+REAL_ONLY = op_strategies.REAL_ONLY | op_strategies_b.REAL_ONLY | op_strategies_c.REAL_ONLY
+INTEGER_FILL = {**op_strategies.INTEGER_FILL, **op_strategies_b.INTEGER_FILL, **op_strategies_c.INTEGER_FILL}
 OPS = tuple(all_ops().values())
 
 HALF = {"float16", "bfloat16"}
@@ -76,7 +77,7 @@ def run(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], make: Make) -> Ou
             return tensors[-1]
         return getattr(torch, value.name) if isinstance(value, DType) else value
 
-    given = [substitute(v, resolve) for v in args]
+    given = [substitute(v, resolve) for v in args if not isinstance(v, Device)]
     named = {k: substitute(v, resolve) for k, v in kwargs.items() if not isinstance(v, Device)}
     if takes_device(op.id):
         named["device"] = make(TensorSpec(())).device
@@ -134,12 +135,12 @@ def storages(tensors: Iterator[torch.Tensor] | tuple[torch.Tensor, ...]) -> set[
     return {t.untyped_storage().data_ptr() for t in tensors} - {0}
 
 
-def check_aliasing(op: Op, outcome: Outcome) -> None:
+def check_aliasing(alias: Alias, outcome: Outcome) -> None:
     made, given = storages(tensors_in(outcome.value)), storages(outcome.tensors)
-    if op.alias is Alias.FRESH:
+    if alias is Alias.FRESH:
         assert not made & given, "declared fresh, but shares storage"
-    elif op.alias in (Alias.VIEW, Alias.INPLACE):
-        assert made <= given, f"declared {op.alias.value}, but is new storage"
+    elif alias in (Alias.VIEW, Alias.INPLACE):
+        assert made <= given, f"declared {alias.value}, but is new storage"
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.id)
@@ -171,16 +172,24 @@ def test_rule_agrees_with_torch(op: Op) -> None:
             if outcome.error is not None:
                 continue
             assert matches(ours, outcome.value), f"the rule says {ours}, torch {described(outcome.value)}"
-            assert all(hasattr(outcome.value, field) for field in op.fields)
+            if isinstance(outcome.value, tuple):
+                assert all(hasattr(outcome.value, field) for field in op.fields)
         if first.error is None and op.id not in META_ONLY:
-            check_aliasing(op, first)
+            check_aliasing(op.alias_of(op.bind(args, kwargs)), first)
 
     agree()
 
 
 def check_refusal(op: Op, refusal: PellucidError, torchs: Outcome) -> None:
     assert str(refusal).startswith(op.id), "an error names its op"
-    allowed = torchs.error is not None or op.id in STRICTER
+    # complex32, which float16 and complex operands give, is a dtype that graphs do not carry.
+    uncarried = any(t.dtype is torch.complex32 for t in tensors_in(torchs.value)) or "complex32" in str(
+        refusal
+    )
+    # Where there is nothing to compute, torch does not look at dtypes and dims; a rule does all the same.
+    given = (*torchs.tensors, *tensors_in(torchs.value))
+    nothing = any(not t.numel() for t in given)
+    allowed = torchs.error is not None or uncarried or nothing or op.id in STRICTER
     assert allowed, f"torch takes this, the rule says: {refusal}"
 
 
@@ -236,8 +245,7 @@ def test_every_spelling_belongs_to_one_op_and_exists_in_torch() -> None:
             root, *path = spelling.split(".")
             found: Any = __import__(root)
             for step in path:
-                found = getattr(found, step)
-            assert callable(found), spelling
+                found = getattr(found, step)  # a property (Tensor.real) need not be callable
 
 
 def test_every_dtype_is_torchs() -> None:

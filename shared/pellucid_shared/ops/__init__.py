@@ -1,6 +1,27 @@
 """The op registry: every operation a graph may name. Importing it registers all families."""
 
-from . import arithmetic, comparison, unary  # noqa: F401
+from . import (  # noqa: F401
+    activations,
+    arithmetic,
+    comparison,
+    complexes,
+    convolution,
+    copying,
+    creation,
+    einops_ops,
+    equations,
+    functional,
+    indexing,
+    joining,
+    linalg,
+    losses,
+    products,
+    reduction,
+    selecting,
+    shaping,
+    sorting,
+    unary,
+)
 from .registry import (
     REQUIRED,
     Alias,

@@ -15,6 +15,7 @@ from .rules import (
     define,
     define_pair,
     in_place,
+    number_category,
     per_result,
     pointwise,
     result_dtype,
@@ -38,34 +39,33 @@ _TENSOR_OTHER = Param("other", Kind.TENSOR)
 # --- sums, products, quotients -----------------------------------------------------------------------------
 
 
-def _number_category(value: complex) -> int:
-    return (
-        0
-        if isinstance(value, bool)
-        else 1
-        if isinstance(value, int)
-        else 2
-        if isinstance(value, float)
-        else 3
-    )
-
-
-def scaled(rule: Rule, factor: str) -> Rule:
-    """``rule``, whose result is scaled by a number that must not be of a higher kind than it."""
+def _with_alpha(rule: Rule) -> Rule:
+    """``alpha`` must not be of a higher kind than the result, nor a bool beside numbers."""
 
     def checked(bound: Bound) -> TensorSpec:
         result: TensorSpec = rule(bound)
-        number = _number_category(bound[factor])
-        if number > category(result.dtype) or (number == 0 and result.dtype != "bool"):
-            raise OpArgumentError(
-                f"{factor}={bound[factor]!r} does not fit operands that meet at {result.dtype}"
-            )
+        alpha, kind = bound["alpha"], category(result.dtype)
+        if number_category(alpha) > max(kind, 1) or (isinstance(alpha, bool) and kind > 0):
+            raise OpArgumentError(f"alpha={alpha!r} does not fit operands that meet at {result.dtype}")
         return result
 
     return checked
 
 
-_sum = scaled(pointwise("input", "other"), "alpha")
+def _whole_quotient(rule: Rule) -> Rule:
+    """Whole numbers are not divided by the number 0; a tensor's zeros are found only by the run."""
+
+    def checked(bound: Bound) -> TensorSpec:
+        result: TensorSpec = rule(bound)
+        other = bound["other"]
+        if category(result.dtype) < 2 and not isinstance(other, TensorSpec) and other == 0 and result.numel:
+            raise OpArgumentError("whole numbers are divided by 0; convert with .float()")
+        return result
+
+    return checked
+
+
+_sum = _with_alpha(pointwise("input", "other"))
 
 
 def _difference(bound: Bound) -> TensorSpec:
@@ -87,19 +87,21 @@ def _quotient(bound: Bound) -> TensorSpec:
 define_pair("add", [_LEFT, OTHER, _ALPHA], _sum)
 define_pair("sub", [_LEFT, OTHER, _ALPHA], _difference, also=("subtract",))
 define_pair("mul", [_LEFT, OTHER], pointwise("input", "other"), also=("multiply",))
-define_pair("div", [_LEFT, OTHER, _ROUNDING], _quotient, also=("divide",))
+_whole = _whole_quotient(pointwise("input", "other", takes="if"))
+define_pair("div", [_LEFT, OTHER, _ROUNDING], _whole_quotient(_quotient), also=("divide",))
 define_pair("true_divide", [_LEFT, OTHER], _quotient)
-define_pair("floor_divide", [_LEFT, OTHER], pointwise("input", "other", takes="if"))
-define_pair("remainder", [_LEFT, OTHER], pointwise("input", "other", takes="if"), weight=2)
-define_pair("fmod", [INPUT, OTHER], pointwise("input", "other", takes="if"), weight=2)
+define_pair("floor_divide", [_LEFT, OTHER], _whole)
+define_pair("remainder", [_LEFT, OTHER], _whole, weight=2)
+define_pair("fmod", [INPUT, OTHER], _whole, weight=2)
 define("torch.rsub", [INPUT, OTHER, _ALPHA], _difference, per_result(), spellings=spelled("rsub", "torch"))
 
 
 def _power(bound: Bound) -> TensorSpec:
     base, exponent = bound["input"], bound["exponent"]
     dtype = result_dtype(base, exponent)
-    negative = isinstance(exponent, int) and exponent < 0
-    if negative and category(dtype) < 2:
+    if dtype == "bool":
+        raise ShapeError("bool has no powers; convert with .to()")
+    if isinstance(exponent, int) and exponent < 0 and category(dtype) < 2:
         raise OpArgumentError(f"whole numbers have no power {exponent}; convert with .float()")
     return TensorSpec(broadcast_all(base, exponent), dtype)
 
@@ -110,25 +112,24 @@ define_pair("pow", [_LEFT, _EXPONENT], _power, weight=TRANSCENDENTAL)
 
 # --- functions of two tensors ------------------------------------------------------------------------------
 
-for _name, _also in (("atan2", ("arctan2",)), ("hypot", ()), ("copysign", ())):
+for _name, _right, _dtype, _takes, _also in (
+    ("atan2", _TENSOR_OTHER, to_float, "bif", ("arctan2",)),
+    ("hypot", _TENSOR_OTHER, same, "f", ()),
+    ("copysign", OTHER, to_float, "bif", ()),
+):
     define_pair(
         _name,
-        [INPUT, OTHER if _name == "copysign" else _TENSOR_OTHER],
-        pointwise(
-            "input",
-            "other",
-            dtype=same if _name == "hypot" else to_float,
-            takes="f" if _name == "hypot" else "bif",
-        ),
+        [INPUT, _right],
+        pointwise("input", "other", dtype=_dtype, takes=_takes),
         weight=TRANSCENDENTAL,
         also=_also,
     )
 
-for _name in ("logaddexp", "logaddexp2"):
+for _name, _takes in (("logaddexp", "fc"), ("logaddexp2", "f")):
     define(
         f"torch.{_name}",
         [INPUT, _TENSOR_OTHER],
-        pointwise("input", "other", takes="f"),
+        pointwise("input", "other", takes=_takes),
         per_result(2 * TRANSCENDENTAL),
         spellings=spelled(_name, "torch", "Tensor"),
     )
@@ -166,18 +167,18 @@ for _name in ("bitwise_left_shift", "bitwise_right_shift"):
 # --- bounds ------------------------------------------------------------------------------------------------
 
 
-def _clamped(bound: Bound) -> TensorSpec:
+def _clamped(bound: Bound, takes: str = "bif") -> TensorSpec:
     limits = [bound[name] for name in ("min", "max") if bound.get(name) is not None]
     if not limits:
         raise OpArgumentError("takes min, max or both, found neither")
     if len({isinstance(limit, TensorSpec) for limit in limits}) > 1:
         raise OpArgumentError("min and max are two numbers or two tensors, found one of each")
     x: TensorSpec = bound["input"]
-    return TensorSpec(broadcast_all(x, *limits), take(result_dtype(x, *limits), "if"))
+    return TensorSpec(broadcast_all(x, *limits), take(result_dtype(x, *limits), takes))
 
 
 _MIN, _MAX = Param("min", Kind.OPERAND, None, optional=True), Param("max", Kind.OPERAND, None, optional=True)
-define_pair("clamp", [INPUT, _MIN, _MAX], _clamped, also=("clip",))
+define_pair("clamp", [INPUT, _MIN, _MAX], lambda bound: _clamped(bound, "if"), also=("clip",))
 define_pair("clamp_min", [INPUT, Param("min", Kind.OPERAND)], _clamped)
 define_pair("clamp_max", [INPUT, Param("max", Kind.OPERAND)], _clamped)
 
@@ -187,25 +188,40 @@ define_pair("clamp_max", [INPUT, Param("max", Kind.OPERAND)], _clamped)
 _TENSOR1, _TENSOR2 = Param("tensor1", Kind.TENSOR), Param("tensor2", Kind.TENSOR)
 
 
-def _no_integers(rule: Rule) -> Rule:
+def _with_value(rule: Rule) -> Rule:
+    """``value`` must not be of a higher kind than the result."""
+
     def checked(bound: Bound) -> TensorSpec:
-        take(result_dtype(bound["tensor1"], bound["tensor2"]), "fc")
         result: TensorSpec = rule(bound)
+        if number_category(bound["value"]) > category(result.dtype):
+            raise OpArgumentError(
+                f"value={bound['value']!r} does not fit operands that meet at {result.dtype}"
+            )
         return result
 
     return checked
 
 
-_addcmul = scaled(pointwise("input", "tensor1", "tensor2", takes="ifc"), "value")
-_addcdiv = scaled(_no_integers(pointwise("input", "tensor1", "tensor2", takes="fc")), "value")
+_addcmul = _with_value(pointwise("input", "tensor1", "tensor2", takes="ifc"))
+
+
+def _addcdiv(bound: Bound) -> TensorSpec:
+    take(result_dtype(bound["tensor1"], bound["tensor2"]), "fc")
+    result: TensorSpec = _quotient_added(bound)
+    return result
+
+
+_quotient_added = _with_value(pointwise("input", "tensor1", "tensor2", takes="fc"))
 define_pair("addcmul", [INPUT, _TENSOR1, _TENSOR2, _VALUE], _addcmul, weight=3)
 define_pair("addcdiv", [INPUT, _TENSOR1, _TENSOR2, _VALUE], _addcdiv, weight=3)
 
 
 def _lerp(bound: Bound) -> TensorSpec:
     operands = [bound[name] for name in ("input", "end", "weight")]
-    tensors = [o for o in operands if isinstance(o, TensorSpec)]
-    return TensorSpec(broadcast_all(*operands), take(same_dtype(*tensors), "fc"))
+    dtype = take(same_dtype(*(o for o in operands if isinstance(o, TensorSpec))), "fc")
+    if isinstance(bound["weight"], complex) and category(dtype) < 3:
+        raise OpArgumentError(f"weight={bound['weight']!r} does not fit {dtype}")
+    return TensorSpec(broadcast_all(*operands), dtype)
 
 
 define_pair("lerp", [INPUT, Param("end", Kind.TENSOR), Param("weight", Kind.OPERAND)], _lerp, weight=3)
@@ -232,6 +248,8 @@ def _fill(bound: Bound) -> TensorSpec:
     if isinstance(value, TensorSpec) and value.ndim:
         raise ShapeError(f"fills with a number or a tensor without dimensions, found {shown(value.shape)}")
     target: TensorSpec = bound["input"]
+    if isinstance(value, complex) and category(target.dtype) < 3:
+        raise OpArgumentError(f"{target.dtype} cannot be filled with {value!r}")
     return target
 
 

@@ -136,6 +136,13 @@ def category(dtype: str) -> int:
     return DTYPES[dtype].category
 
 
+def number_category(value: complex) -> int:
+    """The category a Python number brings."""
+    if isinstance(value, bool):
+        return 0
+    return 1 if isinstance(value, int) else 2 if isinstance(value, float) else 3
+
+
 def same(dtype: str) -> str:
     return dtype
 

@@ -13,6 +13,8 @@ from .rules import (
     define,
     define_pair,
     free,
+    in_place,
+    inplace,
     per_result,
     pointwise,
     same,
@@ -25,7 +27,6 @@ from .rules import (
 
 #: name, dtype rule, kinds taken, weight, torch's other names, other namespaces
 _TABLE: tuple[tuple[str, DTypeRule, str, int, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("abs", to_real, "bifc", 1, ("absolute",), ()),
     ("neg", same, "ifc", 1, ("negative",), ()),
     ("sign", same, "bif", 1, (), ()),
     ("sgn", same, "bifc", 1, (), ()),
@@ -55,7 +56,7 @@ _TABLE: tuple[tuple[str, DTypeRule, str, int, tuple[str, ...], tuple[str, ...]],
     ("asinh", to_float, "bifc", TRANSCENDENTAL, ("arcsinh",), ()),
     ("acosh", to_float, "bifc", TRANSCENDENTAL, ("arccosh",), ()),
     ("atanh", to_float, "bifc", TRANSCENDENTAL, ("arctanh",), ()),
-    ("sigmoid", to_float, "bifc", TRANSCENDENTAL, (), ("F", "special")),
+    ("sigmoid", to_float, "bifc", TRANSCENDENTAL, (), ("F",)),
     ("sinc", to_float, "bifc", TRANSCENDENTAL, (), ("special",)),
     ("erf", to_float, "bif", TRANSCENDENTAL, (), ("special",)),
     ("erfc", to_float, "bif", TRANSCENDENTAL, (), ("special",)),
@@ -77,6 +78,22 @@ for _name, _dtype, _takes, _weight, _also, _spaces in _TABLE:
         also=_also,
         spaces=_spaces,
     )
+
+define(
+    "torch.abs",
+    [INPUT],
+    pointwise("input", dtype=to_real, takes="ifc"),
+    per_result(),
+    spellings=(*spelled("abs", "torch", "Tensor"), *spelled("absolute", "torch", "Tensor")),
+)
+define(
+    "tensor.abs_",
+    [INPUT],
+    inplace(pointwise("input", takes="if")),
+    in_place(),
+    alias=Alias.INPLACE,
+    spellings=(*spelled("abs_", "Tensor"), *spelled("absolute_", "Tensor")),
+)
 
 _TESTS = (
     ("isnan", "bifc"),
