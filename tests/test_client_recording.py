@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 
 import pellucid
 from client_fixtures import CardModel, refused
+from pellucid._call import spellings
+from pellucid._operators import BINARY, COMPARISONS, INPLACE, UNARY
+from pellucid._tensor import _functions, _resolve
 from pellucid_shared.errors import (
     EmptyPromptError,
     InputError,
@@ -219,6 +223,36 @@ def test_showing_a_value_records_nothing_and_says_site_shape_and_line() -> None:
     assert text.count("<h.0.output [1, tokens, 8] float32, ") == 3
     assert "test_client_recording.py:" in text
     assert model.made.trips == []
+
+
+def test_every_operator_has_its_op() -> None:
+    names = {*BINARY.values(), *COMPARISONS.values(), *UNARY.values(), *INPLACE.values()}
+    assert names <= set(spellings())
+    assert {"torch.unbind", "torch.Tensor.permute", "torch.transpose", "torch.conj"} <= set(spellings())
+    assert {"torch.real", "torch.imag"} <= set(spellings())
+
+
+def test_every_spelling_of_the_registry_that_torch_has_is_recognised() -> None:
+    """No function of torch stands for two ops, and none is missing from the table."""
+    by_object: dict[int, str] = {}
+    for name, op in spellings().items():
+        found = _resolve(name) if name.startswith("torch.") else None
+        if found is not None:
+            assert by_object.setdefault(id(found), op.id) == op.id, name
+            assert _functions()[id(found)] is op
+
+
+def test_an_error_that_true_sizes_showed_cannot_be_caught_away() -> None:
+    model = CardModel(answer=nothing)
+
+    def body() -> None:
+        h = model.h[0].output
+        h[:, 7].save()
+        with contextlib.suppress(IndexError):
+            _ = h.shape
+
+    refused(model, IndexError, "7", body)
+    assert model.made.graphs == []
 
 
 # --- sizes ------------------------------------------------------------------------------------------------

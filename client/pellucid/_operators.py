@@ -14,7 +14,7 @@ from ._save import save
 from ._value import Value
 from ._warnings import warn_of_first_row
 
-#: Operator -> the op it records. Each has a reflected twin, and an in-place twin where ``_INPLACE`` says.
+#: Operator -> the op it records. Each has a reflected twin, and an in-place twin where ``INPLACE`` says.
 BINARY = {
     "add": "torch.add",
     "sub": "torch.sub",

@@ -78,6 +78,7 @@ class Recorder:
         self._other_specs: list[Spec] = []
         self._sized: dict[int, list[tuple[int, int]]] = {}
         self._closed: str | None = None
+        self._refuted: PellucidError | None = None
 
     @property
     def card(self) -> ModelCard:
@@ -210,6 +211,7 @@ class Recorder:
                 spec, bound, _ = self._check(node, self._specs, self._sizes(_FIRST_PRIME))
             except PellucidError as error:
                 error.where = error.where or line
+                self._refuted = error  # an earlier line is wrong: catching the error does not mend it
                 raise
             self._specs.append(spec)
             self._bounds.append(bound)
@@ -255,6 +257,7 @@ class Recorder:
         Raises:
             GraphError: a write that cannot reach the model; ``where`` is the user's line.
         """
+        self.require_open()
         graph = self.graph()
         try:
             lint(graph)
@@ -273,18 +276,16 @@ class Recorder:
         self.literals, self.saved, self.adopted = {}, {}, []
 
     def require_open(self, value: object = "this value") -> None:
-        """Raise ValueNotReadyError once the trace has ended."""
+        """Raise ValueNotReadyError once the trace has ended, and again the error that true sizes showed."""
         if self._closed is not None:
             raise self.not_ready(value)
+        if self._refuted is not None:
+            raise self._refuted
 
     def not_ready(self, value: object) -> ValueNotReadyError:
         """The error for asking for a value that is not there."""
         reason = self._closed or "does not exist before the block ends; .save() it and use it after the block"
         return ValueNotReadyError(f"{value} {reason}", where=users_line())
-
-    @property
-    def closed(self) -> bool:
-        return self._closed is not None
 
     def at_users_line(self, error: PellucidError) -> PellucidError:
         """The error with the user's line of its node, where it names one."""
@@ -329,11 +330,6 @@ def active() -> Recorder:
             where=users_line(),
         )
     return recorder
-
-
-def active_or_none() -> Recorder | None:
-    """The recorder of the trace this thread is in, or None."""
-    return _ACTIVE.get()
 
 
 def enter(recorder: Recorder) -> Token[Recorder | None]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.errors import ModelNotFoundError, PellucidError, did_you_mean
@@ -67,6 +68,7 @@ class RemoteModel:
     def __init__(self, connection: Connection, name: str) -> None:
         self.connection = connection
         self._name = name
+        self._path = f"/v1/models/{quote(name)}"
         self._card: ModelCard | None = None
         self._ids: dict[str, list[int]] = {}
         self._lock = threading.Lock()
@@ -86,7 +88,7 @@ class RemoteModel:
 
     def _fetch_card(self) -> ModelCard:
         try:
-            return ModelCard.model_validate(self.connection.get_json(f"/v1/models/{self._name}"))
+            return ModelCard.model_validate(self.connection.get_json(self._path))
         except ModelNotFoundError:
             served = [str(model["id"]) for model in self.connection.get_json("/v1/models")]
             has = f"it serves {', '.join(served)}" if served else "it serves no model yet"
@@ -98,7 +100,7 @@ class RemoteModel:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         missing = [text for text in dict.fromkeys(texts) if text not in self._ids]
         if missing:
-            answer = self.connection.post_json(f"/v1/models/{self._name}/tokenize", {"text": missing})
+            answer = self.connection.post_json(f"{self._path}/tokenize", {"text": missing})
             self._ids.update(zip(missing, answer["ids"], strict=True))
         return [self._ids[text] for text in texts]
 

@@ -8,6 +8,7 @@ then a plain tensor.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,7 +29,7 @@ from ._value import Value
 
 _SPACES = ("torch", "torch.Tensor", "torch.nn.functional", "torch.linalg", "torch.fft", "torch.special")
 _EMPTY = torch.empty(0)
-_TORCH = torch.__path__[0]
+_TORCH = torch.__path__[0] + os.sep
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 _TENSOR_KINDS = (Kind.TENSOR, Kind.OPERAND, Kind.TENSORS)
 
