@@ -64,6 +64,8 @@ FORMS: list[Any] = [
     (0, ALL, PAIR),
     (PAIR, 0, PAIR),
     (PAIR, None, PAIR),
+    (ALL, PAIR, None, PAIR),
+    (None, PAIR, ALL, GRID),
     (ALL, None, PAIR),
     (GRID, ALL, PAIR),
     (MASK, PAIR),
