@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from pellucid_shared.errors import PellucidError
+from pellucid_shared.errors import ExecutionError, PellucidError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .register import Registration
 
 log = logging.getLogger("pellucid.worker")
 
@@ -16,64 +22,88 @@ log = logging.getLogger("pellucid.worker")
 @click.argument("deployment", metavar="NAME=SOURCE")
 @click.option("--dtype", default=None, help="float32, bfloat16, ...; by default the checkpoint's own.")
 @click.option("--revision", default=None, help="Revision of a hub model.")
-@click.option("--concurrency", default=64, show_default=True, help="Jobs taken in at once.")
+@click.option(
+    "--concurrency", type=click.IntRange(1), default=64, show_default=True, help="Jobs taken in at once."
+)
 def worker(deployment: str, dtype: str | None, revision: str | None, concurrency: int) -> None:
     """Hold one model resident and run the jobs of its queue.
 
-    Reads PELLUCID_REDIS_URL and PELLUCID_STORE_URL from the environment.
+    SOURCE is a folder or a hub id. Reads PELLUCID_REDIS_URL and PELLUCID_STORE_URL from the environment.
+    SIGTERM and SIGINT stop it within seconds; what it has not finished goes back to the queue.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    _log_readably()
     name, _, source = deployment.partition("=")
     if not name or not source:
         raise click.UsageError(f"{deployment!r} is not NAME=SOURCE, e.g. smollm2=/models/smollm2")
+    signal.signal(signal.SIGTERM, _exit)  # until Celery's own takes over, so that `finally` is run
     try:
-        _serve(name, source, dtype, revision, concurrency)
+        code = _serve(name, source, dtype, revision, concurrency)
     except PellucidError as error:
         raise click.ClickException(str(error)) from None
+    sys.exit(code)
 
 
-def _serve(name: str, source: str, dtype: str | None, revision: str | None, concurrency: int) -> None:
-    import redis
-
-    from .app import make_app
+def _serve(name: str, source: str, dtype: str | None, revision: str | None, concurrency: int) -> int:
+    from .app import make_app, send, take_jobs
+    from .heart import Heart
     from .jobs import Jobs
-    from .loader import load
     from .register import Registration
-    from .runner import Heart, Runner
+    from .runner import Runner
     from .settings import Settings
     from .store import Store
 
     settings = Settings.from_env()
-    client = redis.Redis.from_url(settings.redis_url)
+    client, store = settings.connect(), Store(settings.store_url)
     registration = Registration(client, name, source)
+    registration.loading(0.0)
     try:
-        registration.loading(0.0)
-        log.info("loading %s from %s", name, source)
-        engine = load(source, id=name, dtype=dtype, revision=revision, progress=registration.loading)
-    except PellucidError as error:
-        registration.failed(error.message)
-        raise
-    jobs = Jobs(client, name)
-    heart = Heart(jobs, registration)
-    runner = Runner(engine, jobs, Store(settings.store_url), heart)
-    registration.ready(engine)
-    heart.start()
-    log.info("%s is ready: %s, %s parameters", name, engine.card.class_name, f"{engine.card.parameters:,}")
-    try:
-        app = make_app(settings, name, runner.run)
-        app.worker_main(_arguments(concurrency))
+        engine = _load(registration, name, source, dtype, revision)
+        jobs, app = Jobs(client, name), make_app(settings, name)
+        heart = Heart(jobs, registration)
+        runner = Runner(engine, jobs, store, heart, lambda job: send(app, job))
+        heart.start()
+        log.info(
+            "%s is ready: %s, %s parameters", name, engine.card.class_name, f"{engine.card.parameters:,}"
+        )
+        try:
+            return take_jobs(app, runner.run, concurrency, heart.drain)
+        finally:
+            heart.stop()
     finally:
-        heart.stop()
         registration.stopped()
 
 
-def _arguments(concurrency: int) -> list[str]:
-    return [
-        "worker",
-        "--pool=threads",
-        f"--concurrency={concurrency}",
-        "--without-gossip",
-        "--without-mingle",
-        "--without-heartbeat",
-        "--loglevel=WARNING",
-    ]
+def _load(
+    registration: Registration, name: str, source: str, dtype: str | None, revision: str | None
+) -> Engine:
+    """The engine, registered as ready; a failure is registered too, and raised as a PellucidError."""
+    from .loader import load
+
+    log.info("loading %s from %s", name, source)
+    try:
+        engine = load(source, id=name, dtype=dtype, revision=revision, progress=registration.loading)
+        registration.ready(engine)
+    except PellucidError as error:
+        registration.failed(error.message)
+        raise
+    except Exception as error:
+        reason = f"{source} cannot be served: {type(error).__name__}: {_first_line(error)}"
+        registration.failed(reason)
+        raise ExecutionError(reason) from error
+    return engine
+
+
+def _log_readably() -> None:
+    """One line an event on standard output; warnings of libraries, news of our own."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
+    log.setLevel(logging.INFO)
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:300]

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from typing import Any
 
 import redis
 
@@ -20,14 +21,16 @@ class Registration:
 
     def __init__(self, client: redis.Redis, model: str, source: str) -> None:
         self._redis, self._model, self._source = client, model, source
+        self._key, self._workers = keyspace.model(model), keyspace.model_workers(model)
+        self._published: dict[str, Any] = {}
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
     def loading(self, progress: float) -> None:
         """Say how far loading is, unless another worker of the model serves already."""
         self._redis.sadd(keyspace.MODELS, self._model)
         if not self._others_alive():
-            state = {"source": self._source, "state": "loading", "progress": progress, "error": ""}
-            self._redis.hset(keyspace.model(self._model), mapping=state)  # type: ignore[arg-type]
+            fields = {"source": self._source, "state": "loading", "progress": progress, "error": ""}
+            self._set(fields)
 
     def ready(self, engine: Engine) -> None:
         """Publish the card and the tokenizer, and count as alive.
@@ -35,48 +38,50 @@ class Registration:
         Raises:
             InputError: another worker serves a different model under this name.
         """
-        key = keyspace.model(self._model)
         if self._others_alive():
-            fingerprint = self._redis.hget(key, "fingerprint")
+            fingerprint: Any = self._redis.hget(self._key, "fingerprint")
             if fingerprint != engine.card.fingerprint.encode():
                 raise InputError(
                     f"another worker serves something else as {self._model!r}; give this one its own name"
                 )
         template = getattr(engine.tokenizer, "chat_template", None)
-        self._redis.hset(
-            key,
-            mapping={
-                "source": self._source,
-                "state": "ready",
-                "progress": 1.0,
-                "error": "",
-                "card": engine.card.model_dump_json(),
-                "fingerprint": engine.card.fingerprint,
-                "tokenizer": engine.tokenizer_json or "",
-                "chat_template": template if isinstance(template, str) else "",
-            },
-        )
+        self._published = {
+            "source": self._source,
+            "state": "ready",
+            "progress": 1.0,
+            "error": "",
+            "card": engine.card.model_dump_json(),
+            "fingerprint": engine.card.fingerprint,
+            "tokenizer": engine.tokenizer_json or "",
+            "chat_template": template if isinstance(template, str) else "",
+        }
         self.beat()
 
     def failed(self, reason: str) -> None:
         """Say why the model cannot be served."""
         if not self._others_alive():
-            self._redis.hset(keyspace.model(self._model), mapping={"state": "failed", "error": reason})
+            self._set({"state": "failed", "error": reason})
 
     def beat(self) -> None:
-        """Be alive for another while, and forget workers that are long dead."""
+        """Be alive for another while; forget workers that are long dead; publish again what is not there,
+        as in a Redis that came back empty."""
         now = time.time()
-        key = keyspace.model_workers(self._model)
-        self._redis.zadd(key, {self.worker: now})
-        self._redis.zremrangebyscore(key, 0, now - 10 * keyspace.LEASE_SECONDS)
+        self._redis.zadd(self._workers, {self.worker: now})
+        self._redis.zremrangebyscore(self._workers, 0, now - 10 * keyspace.LEASE_SECONDS)
+        if self._redis.hget(self._key, "state") != b"ready":
+            self._set(self._published)
+            self._redis.sadd(keyspace.MODELS, self._model)
 
     def stopped(self) -> None:
-        """Be gone."""
-        self._redis.zrem(keyspace.model_workers(self._model), self.worker)
-        if not self._others_alive():
-            self._redis.hset(keyspace.model(self._model), "state", "stopped")
+        """Be gone. A failure stays on record."""
+        self._redis.zrem(self._workers, self.worker)
+        if not self._others_alive() and self._redis.hget(self._key, "state") != b"failed":
+            self._set({"state": "stopped"})
+
+    def _set(self, fields: dict[Any, Any]) -> None:
+        self._redis.hset(self._key, mapping=fields)
 
     def _others_alive(self) -> bool:
         since = time.time() - keyspace.LEASE_SECONDS
-        alive = self._redis.zrangebyscore(keyspace.model_workers(self._model), since, "+inf")
+        alive: Any = self._redis.zrangebyscore(self._workers, since, "+inf")
         return any(worker != self.worker.encode() for worker in alive)

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pellucid_shared.errors import InputError
+import redis
+
+from pellucid_shared.errors import InputError, UnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,24 @@ class Settings:
             if not value:
                 raise InputError(f"{name} is not set; `pellucid up` sets it, a worker on its own needs it")
         return Settings(*found.values())
+
+    def connect(self) -> redis.Redis:
+        """A client of the worker's Redis that has answered once.
+
+        Raises:
+            UnavailableError: it does not answer.
+            InputError: the URL is not Redis's.
+        """
+        try:
+            client = redis.Redis.from_url(self.redis_url, socket_timeout=10.0)
+            client.ping()
+        except redis.RedisError as error:
+            raise UnavailableError(
+                f"Redis does not answer ({error}); is it running where PELLUCID_REDIS_URL says?"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"PELLUCID_REDIS_URL cannot be used: {error}") from None
+        return client
 
     @property
     def broker_url(self) -> str:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
+
+from pellucid_shared.errors import InputError
 
 
 class Store:
-    """A local folder (``file:///...``) or an object store (``s3://bucket/prefix``)."""
+    """A local folder (``file:///...``) or an object store (``s3://bucket/prefix``).
+
+    Raises:
+        InputError: the URL names neither, or the folder cannot be made.
+    """
 
     def __init__(self, url: str) -> None:
-        self._store = _open(url)
+        try:
+            self._store = _open(url)
+        except (OSError, ValueError, BaseError) as error:
+            raise InputError(f"PELLUCID_STORE_URL cannot be used: {str(error).splitlines()[0]}") from None
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object; it is there whole or not at all."""
@@ -24,7 +35,8 @@ class Store:
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
-        self._store.delete(key)
+        with contextlib.suppress(FileNotFoundError):
+            self._store.delete(key)
 
 
 def _open(url: str) -> ObjectStore:
