@@ -62,7 +62,7 @@ def test_a_node_is_ready_at_the_latest_site_it_needs() -> None:
 @pytest.mark.parametrize(
     ("nodes", "error", "message"),
     [
-        ([get("h.2")], UnknownModuleError, "has no module 'h.2'. Nearest: h.0, h.1"),
+        ([get("h.2")], UnknownModuleError, "has no module 'h.2'. Nearest: h.1, h.0"),
         ([get("unused")], SiteError, "unused is never called"),
         ([Node(GET, (Site("h.0", call=1),))], SiteError, "called 1 times in a pass; call 1 was asked"),
         ([get("h.1")], SiteError, r"not a tensor of h.1's output; it has tensors at \[0\]"),

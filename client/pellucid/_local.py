@@ -75,14 +75,16 @@ class LocalModel:
 
 def _load(name: str, options: LoadOptions) -> Any:
     try:
+        import torch
+
         from pellucid_worker.engine import Engine
         from pellucid_worker.loader import load
-
     except ImportError as error:
         raise MissingExtraError(
             f"running {name} in this process needs {error.name or 'torch and transformers'}, which is not "
             "installed: pip install 'pellucid[local]', or name a server with PELLUCID_HOST or remote="
         ) from error
-    if options.model is not None:
-        return Engine.from_model(options.model, options.tokenizer, id=name)
-    return load(options.source, id=name, dtype=options.dtype, device_map=options.device_map)
+    with torch._C.DisableTorchFunction():  # inside a block loading must not be recorded
+        if options.model is not None:
+            return Engine.from_model(options.model, options.tokenizer, id=name)
+        return load(options.source, id=name, dtype=options.dtype, device_map=options.device_map)

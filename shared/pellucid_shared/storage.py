@@ -75,46 +75,95 @@ def timeline(graph: Graph, card: ModelCard, bound: Sequence[dict[str, Any] | Non
     Raises:
         OrderError: a write needs a value the model makes only later; names both.
     """
-    packed = shares_pass(graph, card)
-    ready: list[int] = []
-    roots: list[frozenset[Root]] = []
-    effects: list[frozenset[Root]] = []
-    gets: list[frozenset[int]] = []  # the site.get nodes whose tensor a value may be
-    replaced: dict[Root, frozenset[Root]] = {}  # storage of a site -> those of the values written to it
-    last_effect: dict[Root, int] = {}  # storage -> when its latest version exists
-    for position, node in enumerate(graph.nodes):
-        needs = list(node.refs())
-        versions = (last_effect.get(root, -1) for r in needs for root in roots[r])
-        when = max((-1, *(ready[r] for r in needs), *versions))
-        own: frozenset[Root] = frozenset([("node", position)])
-        seen: frozenset[int] = frozenset()
-        written: frozenset[Root] = frozenset()
-        if node.op in (GET, SET):
-            event = clock(card, node.site, packed)
-            if node.op == SET and when > event:
-                raise _too_late(graph, ready, position, packed)
-            when = event
-            site = _site_root(card, node.site)
-            own, seen = frozenset([site]), frozenset([position])
-            if node.op == SET:  # a later read at this site names the tensor written here
-                replaced[site] = replaced.get(site, own).union(*(roots[r] for r in needs))
-            else:
-                own |= replaced.get(site, own)
-        elif node.op not in (APPLY, SAVE):
-            source, alias = _aliased(node, bound[position])
-            if source is not None and alias is not Alias.FRESH:
-                own = roots[source] | (own if alias is Alias.MAYBE_VIEW else frozenset())
-                seen = gets[source]
-            if source is not None and alias is Alias.INPLACE:
-                written = roots[source]
-                _edit_in_time(graph, card, ready, position, when, seen, packed)
-                for root in written:
-                    last_effect[root] = max(when, last_effect.get(root, -1))
-        ready.append(when)
-        roots.append(own)
-        gets.append(seen)
-        effects.append(written)
-    return Timeline(tuple(ready), tuple(roots), tuple(effects), packed)
+    return _Builder(graph, card).build(bound)
+
+
+class _Builder:
+    """Walks the nodes in program order."""
+
+    def __init__(self, graph: Graph, card: ModelCard) -> None:
+        self.graph, self.card = graph, card
+        self.packed = shares_pass(graph, card)
+        self.ready: list[int] = []
+        self.roots: list[frozenset[Root]] = []
+        self.effects: list[frozenset[Root]] = []
+        self.gets: list[frozenset[int]] = []  # the site.get nodes whose tensor a value may be
+        self.waits: list[set[int]] = []  # what a node runs after: the values it takes, and edits of them
+        self.written: dict[Root, frozenset[Root]] = {}  # storage of a site -> those of the values set there
+        self.last_edit: dict[Root, int] = {}  # storage -> the in-place op that made its latest version
+
+    def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
+        for position, node in enumerate(self.graph.nodes):
+            needs = set(node.refs())
+            edits = {self.last_edit[root] for r in needs for root in self.roots[r] if root in self.last_edit}
+            self.waits.append(needs | edits)
+            when = max((self.ready[w] for w in self.waits[position]), default=-1)
+            roots: frozenset[Root] = frozenset([("node", position)])
+            gets: frozenset[int] = frozenset()
+            edited: frozenset[Root] = frozenset()
+            if node.op in (GET, SET):
+                when, roots, gets = self._site(position, node, when)
+            elif node.op not in (APPLY, SAVE):
+                source, alias = _aliased(node, bound[position])
+                if source is not None and alias is not Alias.FRESH:
+                    roots = self.roots[source] | (roots if alias is Alias.MAYBE_VIEW else frozenset())
+                    gets = self.gets[source]
+                if source is not None and alias is Alias.INPLACE:
+                    edited = roots
+                    self._edit_in_time(position, when, gets)
+                    self.last_edit.update(dict.fromkeys(edited, position))
+            self.ready.append(when)
+            self.roots.append(roots)
+            self.gets.append(gets)
+            self.effects.append(edited)
+        return Timeline(tuple(self.ready), tuple(self.roots), tuple(self.effects), self.packed)
+
+    def _site(self, position: int, node: Node, when: int) -> tuple[int, frozenset[Root], frozenset[int]]:
+        event = clock(self.card, node.site, self.packed)
+        site = _site_root(self.card, node.site)
+        roots = frozenset([site])
+        if node.op == GET:  # after a write it names the tensor written
+            return event, roots | self.written.get(site, roots), frozenset([position])
+        if when > event:
+            raise self._too_late(position)
+        self.written[site] = self.written.get(site, roots).union(*(self.roots[r] for r in node.refs()))
+        return event, roots, frozenset([position])
+
+    def _edit_in_time(self, position: int, when: int, gets: frozenset[int]) -> None:
+        for get in gets:
+            site = self.graph.nodes[get].site
+            if when > clock(self.card, site, self.packed):
+                raise OrderError(
+                    f"this edits {site} in place, but can run only after the model has moved on: it needs "
+                    f"{self._latest(position)}. Edit a copy instead: take .clone() of the value first",
+                    node=position,
+                )
+
+    def _too_late(self, position: int) -> OrderError:
+        why = (
+            ""
+            if self.packed
+            else " (these invokes run one after another: they touch sites that cannot share a pass)"
+        )
+        return OrderError(
+            f"{self.graph.nodes[position].site} is written with a value that needs {self._latest(position)}, "
+            f"which the model makes only later{why}. "
+            "A write can use only what exists when the model reaches it",
+            node=position,
+        )
+
+    def _latest(self, position: int) -> str:
+        """The site that a node waits for longest."""
+        reached, stack = {position}, [position]
+        best: tuple[int, str] = (-1, "a later value")
+        while stack:
+            for wait in self.waits[stack.pop()] - reached:
+                reached.add(wait)
+                stack.append(wait)
+                node = self.graph.nodes[wait]
+                if node.op == GET and self.ready[wait] > best[0]:
+                    best = (self.ready[wait], str(node.site))
+        return best[1]
 
 
 def _site_root(card: ModelCard, site: Site) -> Root:
@@ -140,52 +189,3 @@ def _aliased(node: Node, bound: dict[str, Any] | None) -> tuple[int | None, Alia
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     return (value.node, alias) if isinstance(value, Ref) else (None, alias)
-
-
-def _edit_in_time(
-    graph: Graph,
-    card: ModelCard,
-    ready: Sequence[int],
-    position: int,
-    when: int,
-    seen: frozenset[int],
-    packed: bool,
-) -> None:
-    for get in seen:
-        site = graph.nodes[get].site
-        if when > clock(card, site, packed):
-            late = _latest(graph, ready, position)
-            raise OrderError(
-                f"this edits {site} in place, but can run only after the model has moved on: "
-                f"it needs {late}. "
-                "Edit a copy instead: take .clone() of the value first",
-                node=position,
-            )
-
-
-def _too_late(graph: Graph, ready: Sequence[int], position: int, packed: bool) -> OrderError:
-    site, late = graph.nodes[position].site, _latest(graph, ready, position)
-    why = (
-        "" if packed else " (these invokes run one after another: they touch sites that cannot share a pass)"
-    )
-    return OrderError(
-        f"{site} is written with a value that needs {late}, which the model makes only later{why}. "
-        "A write can use only what exists when the model reaches it",
-        node=position,
-    )
-
-
-def _latest(graph: Graph, ready: Sequence[int], position: int) -> str:
-    """The site that a node waits for longest."""
-    reached, stack = {position}, [position]
-    best: tuple[int, str] = (-1, "a later value")
-    while stack:
-        node = graph.nodes[stack.pop()]
-        for ref in node.refs():
-            if ref in reached:
-                continue
-            reached.add(ref)
-            stack.append(ref)
-            if graph.nodes[ref].op == GET and ready[ref] > best[0]:
-                best = (ready[ref], str(graph.nodes[ref].site))
-    return best[1]

@@ -189,14 +189,12 @@ _TENSOR1, _TENSOR2 = Param("tensor1", Kind.TENSOR), Param("tensor2", Kind.TENSOR
 
 
 def _with_value(rule: Rule) -> Rule:
-    """``value`` must not be of a higher kind than the result."""
+    """``value`` is complex only where the result is."""
 
     def checked(bound: Bound) -> TensorSpec:
         result: TensorSpec = rule(bound)
-        if number_category(bound["value"]) > category(result.dtype):
-            raise OpArgumentError(
-                f"value={bound['value']!r} does not fit operands that meet at {result.dtype}"
-            )
+        if isinstance(bound["value"], complex) and category(result.dtype) < 3:
+            raise OpArgumentError(f"value={bound['value']!r} does not fit {result.dtype}")
         return result
 
     return checked
@@ -217,11 +215,14 @@ define_pair("addcdiv", [INPUT, _TENSOR1, _TENSOR2, _VALUE], _addcdiv, weight=3)
 
 
 def _lerp(bound: Bound) -> TensorSpec:
-    operands = [bound[name] for name in ("input", "end", "weight")]
-    dtype = take(same_dtype(*(o for o in operands if isinstance(o, TensorSpec))), "fc")
-    if isinstance(bound["weight"], complex) and category(dtype) < 3:
-        raise OpArgumentError(f"weight={bound['weight']!r} does not fit {dtype}")
-    return TensorSpec(broadcast_all(*operands), dtype)
+    start, end, weight = (bound[name] for name in ("input", "end", "weight"))
+    same_dtype(
+        *(t for t in (start, end, weight) if isinstance(t, TensorSpec) and (t is not weight or t.ndim))
+    )
+    dtype = take(result_dtype(start, end, weight if isinstance(weight, TensorSpec) else start), "fc")
+    if isinstance(weight, complex) and category(dtype) < 3:
+        raise OpArgumentError(f"weight={weight!r} does not fit {dtype}")
+    return TensorSpec(broadcast_all(start, end, weight), dtype)
 
 
 define_pair("lerp", [INPUT, Param("end", Kind.TENSOR), Param("weight", Kind.OPERAND)], _lerp, weight=3)

@@ -56,6 +56,16 @@ def _beside_dim(rule: Rule) -> Rule:
     return checked
 
 
+def _from(takes: str, rule: Rule) -> Rule:
+    """``input`` itself is of a kind in ``takes``, whatever ``dtype`` says."""
+
+    def checked(bound: Bound) -> Any:
+        take(bound["input"].dtype, takes)
+        return rule(bound)
+
+    return checked
+
+
 def _some_dims(rule: Rule) -> Rule:
     """``dim=()`` is refused: torch reduces nothing there, where its other functions reduce all."""
 
