@@ -25,9 +25,11 @@ from pellucid import LanguageModel
 PROMPT = "The Eiffel Tower is in the city of"
 
 
-def next_token(model):
-    """The most probable next token, and its probability."""
+def next_token(model, zeroed=None):
+    """The most probable next token and its probability, with one layer's MLP zeroed or none."""
     with model.trace(PROMPT) as tracer:
+        if zeroed is not None:
+            model.model.layers[zeroed].mlp.output[:] = 0
         probabilities = model.lm_head.output[0, -1].softmax(dim=-1)
         probability, token = probabilities.max(dim=-1)
         probability.save()
@@ -63,8 +65,9 @@ def logit_lens(model, token):
 def run(url: str, name: str, tokenizer: Path) -> None:
     """Print the experiment's source, run it on the server, and print what it found."""
     console = Console(highlight=False, soft_wrap=True)
+    highlight = Syntax("", "python", background_color="default").highlight
     for part in (next_token, without_each_mlp, logit_lens):
-        console.print(Syntax(inspect.getsource(part), "python", background_color="default", word_wrap=True))
+        console.print(highlight(inspect.getsource(part)))
     console.print(f'The prompt: "{PROMPT}"\n')
     words = Tokenizer.from_file(str(tokenizer))
     model = LanguageModel(name, remote=url)
@@ -76,9 +79,14 @@ def run(url: str, name: str, tokenizer: Path) -> None:
 
     without, job = _timed(without_each_mlp, model, token)
     worst, *others = sorted(range(len(without)), key=without.__getitem__)
-    console.print(f"the MLP that matters most is layer {worst}'s; with it zeroed:")
-    console.print(f'next token: "{word}" with probability {without[worst]:.3f}')
+    console.print(
+        f'of all MLPs, zeroing layer {worst}\'s lowers it most: "{word}" is left with {without[worst]:.4f}'
+    )
     console.print("then come " + ", ".join(f"layer {i} ({without[i]:.3f})" for i in others[:3]))
+    console.print(job)
+
+    token_then, probability, job = _timed(next_token, model, worst)
+    console.print(f'next token without it: "{words.decode([token_then])}" with probability {probability:.3f}')
     console.print(job)
 
     lens, job = _timed(logit_lens, model, token)

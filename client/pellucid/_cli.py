@@ -65,8 +65,9 @@ def _points() -> dict[str, EntryPoint]:
 def _say_which_extra(point: EntryPoint, error: ModuleNotFoundError) -> NoReturn:
     """End with one line if a package that an extra brings is missing; anything else is a fault of ours."""
     package = point.module.partition(".")[0]
-    missing = (error.name or "").partition(".")[0]
-    if package not in _PARTS or (missing != package and missing.startswith("pellucid")):
+    name = error.name or ""
+    missing = name.partition(".")[0]
+    if package not in _PARTS or (name != package and missing.startswith("pellucid")):
         raise error
     part, extra = _PARTS[package]
     click.echo(
