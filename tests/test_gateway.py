@@ -3,6 +3,7 @@ have registered."""
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -250,6 +251,18 @@ def test_a_reader_later_than_the_log_keeps_gets_a_gap_with_the_present_state(
     db.xadd(keyspace.job_events(job), data)
     (gap,) = events(http, job, **{"Last-Event-ID": "5-0"})
     assert (gap["event"], gap["data"]["state"]) == ("gap", "completed")
+
+
+def test_what_a_dead_worker_took_in_and_never_claimed_is_sent_again(http: httpx.Client, db: Any) -> None:
+    job = post(http, GOOD).json()["id"]
+    assert db.lpop(keyspace.queue("m")), "taken in by the worker that dies"
+    db.zadd(keyspace.model_workers("m"), {"dead": time.time() - 2 * keyspace.LEASE_SECONDS})
+    deadline = time.monotonic() + 30
+    while not db.llen(keyspace.queue("m")):
+        assert time.monotonic() < deadline, "the job is sent again"
+        time.sleep(0.1)
+    assert job.encode() in base64.b64decode(json.loads(db.lindex(keyspace.queue("m"), 0))["body"])
+    assert db.zrange(keyspace.model_workers("m"), 0, -1) == [b"worker"]
 
 
 def test_the_job_of_a_dead_worker_is_queued_again_and_fails_after_its_last_attempt(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +50,14 @@ class Deployments:
     async def show(self, model_id: str) -> Deployment | None:
         """One deployment as it stands, or None."""
         fields = await self._redis.hmget(
-            keyspace.model(model_id), ["source", "state", "progress", "error", "fingerprint", "card"]
+            keyspace.model(model_id), ["source", "state", "progress", "error", "fingerprint"]
         )
         if fields[1] is None:
             return None
         source, state, progress, error = (f or "" for f in fields[:4])
         since = time.time() - keyspace.LEASE_SECONDS
         workers = await self._redis.zcount(keyspace.model_workers(model_id), since, "+inf")
-        card = self._parsed(model_id, fields[4], fields[5], "").card if fields[5] else None
+        card = (await self._model(model_id, fields[4])).card if fields[4] else None
         return Deployment(
             id=model_id,
             source=source,
@@ -92,20 +93,23 @@ class Deployments:
         if shown.state != "ready":
             reason = f": {shown.error}" if shown.error else " (no worker of it is alive)"
             raise UnavailableError(f"{model_id} is {shown.state}{reason}", retry_after=5)
-        fields = await self._redis.hmget(keyspace.model(model_id), ["fingerprint", "card", "tokenizer"])
-        return self._parsed(model_id, fields[0], fields[1], fields[2] or "")
+        return await self._model(model_id, await self._redis.hget(keyspace.model(model_id), "fingerprint"))
 
-    def _parsed(self, model_id: str, fingerprint: Any, card: Any, tokenizer: str) -> Model:
+    async def _model(self, model_id: str, fingerprint: str) -> Model:
         known = self._models.get(model_id)
-        if known and known[0] == fingerprint and (known[1].tokenizer is not None or not tokenizer):
+        if known and known[0] == fingerprint:
             return known[1]
-        model = Model(
-            ModelCard.model_validate_json(card),
-            card,
-            Tokenizer.from_str(tokenizer) if tokenizer else None,
-        )
-        if model.tokenizer is not None:
-            model.tokenizer.no_padding()
-            model.tokenizer.no_truncation()
+        names = ["fingerprint", "card", "tokenizer"]
+        fingerprint, card, tokenizer = await self._redis.hmget(keyspace.model(model_id), names)
+        model = await asyncio.to_thread(_parsed, card, tokenizer)
         self._models[model_id] = (fingerprint, model)
         return model
+
+
+def _parsed(card: str, tokenizer: str) -> Model:
+    """``tokenizer`` is a tokenizer.json, or empty."""
+    found = Tokenizer.from_str(tokenizer) if tokenizer else None
+    if found is not None:
+        found.no_padding()
+        found.no_truncation()
+    return Model(ModelCard.model_validate_json(card), card, found)

@@ -147,6 +147,21 @@ class Jobs:
         await self._cancel(keys, [job, time.time(), json.dumps(problem), data, ttl])
         return await self.show(job)
 
+    async def resend(self) -> int:
+        """Send again what waits at a model whose worker died: the dead one may have taken messages in that
+        it never claimed. A message too many does nothing. Gives how many were sent."""
+        count = 0
+        for model in await self._redis.smembers(keyspace.MODELS):
+            workers = keyspace.model_workers(model)
+            dead = await self._redis.zrangebyscore(workers, 0, time.time() - keyspace.LEASE_SECONDS)
+            if not dead:
+                continue
+            for job in await self._redis.zrange(keyspace.model_waiting(model), 0, -1):
+                await self._send(job, model)
+                count += 1
+            await self._redis.zrem(workers, *dead)
+        return count
+
     async def reap(self) -> int:
         """Requeue the jobs whose leases have run out; those that had their attempts fail. Gives how many."""
         now = time.time()
