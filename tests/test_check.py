@@ -2,7 +2,8 @@
 
 import pytest
 
-from hand_card import HIDDEN, VOCAB, hand_card
+from hand_card import HIDDEN, VOCAB, hand_card, state
+from pellucid_shared.card import Call, ModuleInfo
 from pellucid_shared.check import check
 from pellucid_shared.errors import (
     GraphError,
@@ -117,6 +118,26 @@ def test_an_in_place_edit_of_a_view_that_comes_too_late_is_seen_as_well() -> Non
     ]
     with pytest.raises(OrderError, match="in place"):
         checked(*nodes)
+
+
+def test_what_a_module_that_returns_its_input_gives_back_is_that_very_tensor() -> None:
+    drop = Call(module="drop", call=0, enter=2, exit=2, args=(state(1),), kwargs={}, output=state(1))
+    card = hand_card()
+    card = card.model_copy(
+        update={
+            "modules": (*card.modules, ModuleInfo(path="drop", class_name="Dropout")),
+            "prefill": (*card.prefill, drop),
+        }
+    )
+    nodes = (
+        get("h.0"),
+        Node(APPLY, (ModuleRef("drop"), Ref(0))),
+        get("h.1", path=(0,)),
+        Node("setitem", (Ref(1), ..., Ref(2))),
+    )
+    graph = Graph("m", (Trace((Invoke([[1] * T] * B),)),), nodes)
+    with pytest.raises(OrderError, match=r"this edits h\.0\.output in place"):
+        check(graph, card, [(B, T)], {})
 
 
 def test_an_in_place_edit_of_a_clone_may_come_late() -> None:

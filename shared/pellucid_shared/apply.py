@@ -54,6 +54,15 @@ def infer_apply(
     return result, Cost(2 * weights * rows, _nbytes(result))
 
 
+def returns_its_input(path: str, card: ModelCard) -> bool:
+    """Whether the module gives back the very tensor it takes, as dropout does in evaluation mode."""
+    call = card.call_index.get((path, 0))
+    if call is None or not isinstance(call.output, TensorLeaf):
+        return False
+    taken = _template(call)
+    return taken is not None and taken.object is not None and taken.object == call.output.object
+
+
 def _template(call: Call) -> TensorLeaf | None:
     for leaf in (*call.args, *call.kwargs.values()):
         if isinstance(leaf, TensorLeaf):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .apply import returns_its_input
 from .card import ModelCard, TensorLeaf, leaf_at
 from .errors import OrderError
 from .graph import APPLY, GET, SAVE, SET, Graph, Node
@@ -112,6 +113,9 @@ class _Builder:
                     edited = roots
                     self._edit_in_time(position, when, gets)
                     self.last_edit.update(dict.fromkeys(edited, position))
+            elif node.op == APPLY and returns_its_input(node.args[0].path, self.card):
+                source = next(node.refs())
+                roots, gets = self.roots[source], self.gets[source]
             self.ready.append(when)
             self.roots.append(roots)
             self.gets.append(gets)
