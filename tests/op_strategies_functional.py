@@ -195,7 +195,7 @@ def _convolved(draw: st.DrawFn) -> Call:
 
 _functional("pad", _padded())
 _functional("conv1d", _convolved(), "whole numbers, which only the CPU takes")
-_POOL = {"stride": st.integers(1, 3), "padding": st.integers(0, 2), "ceil_mode": _BOOLS}
+_POOL = {"stride": st.sampled_from([1, 2, 3, None]), "padding": st.integers(0, 2), "ceil_mode": _BOOLS}
 _INPUTS = specs(1, 3, _FLOATS, st.integers(1, 7))
 _functional("avg_pool1d", call(_INPUTS, st.integers(1, 4), **_POOL), "whole numbers")
 _functional(

@@ -8,6 +8,7 @@ then a plain tensor.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -88,7 +89,7 @@ class TensorValue(Operators, torch.Tensor):  # type: ignore[misc, override]
         next(values_in((*args, *kwargs.values()))).recorder.require_open()
         if op is None:
             raise _unknown(func, name)
-        return call(op, args, kwargs)
+        return call(op, args, _said(op, func, kwargs))
 
 
 class RecordingMode(TorchFunctionMode):
@@ -201,6 +202,23 @@ def _resolve(name: str) -> Any:
     for part in name.split(".")[1:]:
         found = getattr(found, part, None)
     return found
+
+
+def _said(op: Op, func: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords without those an op lacks that say nothing: torch's functions in Python pass on all of their
+    own, the retired ones too (``size_average=None``)."""
+    own = {param.name for param in op.params}
+    return {k: v for k, v in kwargs.items() if k in own or k not in (d := _defaults(func)) or v != d[k]}
+
+
+@functools.cache
+def _defaults(func: Callable[..., Any]) -> dict[str, Any]:
+    """What a function in Python takes where the user says nothing; builtins do not tell."""
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except ValueError:
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _takes(op: Op, kwargs: Mapping[str, Any]) -> bool:

@@ -123,7 +123,7 @@ def _pool(bound: Bound) -> Any:
     x: TensorSpec = bound["input"]
     _channels(x)
     size = _single(bound["kernel_size"], "kernel_size", 1, 1)
-    stride = _single(bound["stride"], "stride", size, 1)
+    stride = size if bound["stride"] is None else _single(bound["stride"], "stride", size, 1)
     padding = _single(bound["padding"], "padding", 0, 0)
     dilation = _single(bound.get("dilation", 1), "dilation", 1, 1)
     if 2 * padding > size:
@@ -137,7 +137,7 @@ def _pool_cost(bound: Bound, result: Any) -> Cost:
     return per_result(_single(bound["kernel_size"], "kernel_size", 1, 1))(bound, result)
 
 
-_STRIDE = Param("stride", Kind.INTS, ())
+_STRIDE = Param("stride", Kind.INTS, None, optional=True)  # None: the kernel's size
 _PADDING = Param("padding", Kind.INTS, 0)
 _CEIL = Param("ceil_mode", Kind.BOOL, False)
 define(
@@ -174,7 +174,7 @@ define(
     (
         INPUT,
         Param("kernel_size", Kind.INTS),
-        Param("stride", Kind.INTS, ()),
+        _STRIDE,
         _PADDING,
         Param("dilation", Kind.INTS, 1),
         _CEIL,
@@ -182,5 +182,6 @@ define(
     ),
     _pool,
     _pool_cost,
-    spellings=spelled("max_pool1d", "F"),
+    # With indices asked for, torch's max_pool1d passes the call on to the second.
+    spellings=spelled("max_pool1d", "F") + spelled("max_pool1d_with_indices", "F"),
 )
