@@ -289,6 +289,38 @@ def test_a_folder_is_loaded_on_first_use_and_named_for_itself(
     torch.testing.assert_close(logits, wanted)
 
 
+def test_a_model_may_be_loaded_inside_a_block(tiny_folders: dict[str, Path], tiny_models: Any) -> None:
+    model, other = (LanguageModel(tiny_folders[name]) for name in ("gpt2", "llama"))
+    with model.trace() as tracer:
+        with tracer.invoke(IDS):
+            logits = model.lm_head.output.save()
+        assert other.card.id == "llama"
+    assert [node.op for node in tracer.graph.nodes] == ["site.get", "save"], "loading is not recorded"
+    with other.trace(IDS):
+        others = other.lm_head.output.save()
+    for found, name in ((logits, "gpt2"), (others, "llama")):
+        torch.testing.assert_close(found, forward(tiny_models[name], torch.tensor(IDS)).logits)
+
+
+def test_a_model_that_is_given_may_be_probed_inside_a_block(tiny_models: Any) -> None:
+    model = LanguageModel("gpt2", model=tiny_models["gpt2"])  # its card is first asked for by lm_head
+    with model.trace() as tracer, tracer.invoke(IDS):
+        logits = model.lm_head.output.save()
+    assert len(tracer.graph.nodes) == 2
+    torch.testing.assert_close(logits, forward(tiny_models["gpt2"], torch.tensor(IDS)).logits)
+
+
+def test_a_given_model_is_probed_inside_the_block_of_another(model: Any, plain: Any, tiny_models: Any) -> None:
+    with model.trace(IDS) as tracer:
+        other = LanguageModel("neox", model=tiny_models["gpt_neox"], dispatch=True)
+        h = model.model.layers[0].output.save()
+        ones = torch.ones(32)  # the user's own factories are recorded as before
+        (h + ones).save()
+    assert other.config.num_hidden_layers == 2
+    assert [node.op for node in tracer.graph.nodes] == ["site.get", "save", "torch.ones", "torch.add", "save"]
+    assert torch.equal(h, capture(plain, torch.tensor(IDS), "model.layers.0"))
+
+
 def test_a_bfloat16_model_gives_bfloat16_tensors(tiny_folders: dict[str, Path]) -> None:
     model = LanguageModel(tiny_folders["llama"], dtype=torch.bfloat16)
     with model.trace(IDS):

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pellucid_shared.card import ModelCard
-from pellucid_shared.errors import InputError, MissingExtraError
+from pellucid_shared.errors import InputError, MissingExtraError, NotFoundError
 from pellucid_shared.graph import Graph
 from pellucid_shared.packing import WireTensor
 from pellucid_shared.wire import TokenizedInvoke
 
 from ._inputs import Prompt
+from ._recorder import paused
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,21 @@ class LocalModel:
 
 
 def _load(name: str, options: LoadOptions) -> Any:
-    try:
-        import torch
-
-        from pellucid_worker.engine import Engine
-        from pellucid_worker.loader import load
-    except ImportError as error:
-        raise MissingExtraError(
-            f"running {name} in this process needs {error.name or 'torch and transformers'}, which is not "
-            "installed: pip install 'pellucid[local]', or name a server with PELLUCID_HOST or remote="
-        ) from error
-    with torch._C.DisableTorchFunction():  # inside a block loading must not be recorded
+    with paused():  # a block may be what asks for the model first
+        try:
+            from pellucid_worker.engine import Engine
+            from pellucid_worker.loader import load
+        except ImportError as error:
+            raise MissingExtraError(
+                f"running {name} in this process needs {error.name or 'torch and transformers'}, which is "
+                "not installed: pip install 'pellucid[local]', or name a server with PELLUCID_HOST or remote="
+            ) from error
         if options.model is not None:
             return Engine.from_model(options.model, options.tokenizer, id=name)
-        return load(options.source, id=name, dtype=options.dtype, device_map=options.device_map)
+        try:
+            return load(options.source, id=name, dtype=options.dtype, device_map=options.device_map)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{error.message} This is a search in this process; for a model that a server has, set "
+                "PELLUCID_HOST or give remote="
+            ) from error

@@ -350,6 +350,21 @@ def leave(token: Token[Recorder | None]) -> None:
     _ACTIVE.reset(token)
 
 
+def recording() -> bool:
+    """Whether this thread is in a trace."""
+    return _ACTIVE.get() is not None
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """What this thread does inside is not part of its trace."""
+    token = _ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
 def _primes(start: int) -> Iterator[int]:
     number = start
     while True:

@@ -25,7 +25,7 @@ from . import _values
 from ._call import call, nearest_to, spellings, values_in
 from ._lines import users_line
 from ._operators import Operators
-from ._recorder import Recorder
+from ._recorder import Recorder, recording
 from ._value import Value
 
 _SPACES = ("torch", "torch.Tensor", "torch.nn.functional", "torch.linalg", "torch.fft", "torch.special")
@@ -104,6 +104,8 @@ class RecordingMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if not recording():
+            return func(*args, **kwargs)
         listed = [v for v in args[:1] if not isinstance(v, Value)]
         if func in _LITERALS and next(values_in(listed), None) is not None:
             raise RecordingError(
