@@ -218,7 +218,7 @@ def test_no_configured_server_says_how_to_name_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_half_a_url_is_refused() -> None:
-    with pytest.raises(RequestError, match="'localhost:8470' is not the URL of a server; write it in full"):
+    with pytest.raises(InputError, match="'localhost:8470' is not the URL of a server; write it in full"):
         LanguageModel("m", remote="localhost:8470")
 
 

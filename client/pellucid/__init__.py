@@ -41,10 +41,17 @@ __all__ = ["Graph", "LanguageModel", "__version__", "config", "errors", "save", 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
+        _refuse_what_is_to_come(name)
         raise AttributeError(f"module 'pellucid' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]
     loaded = importlib.import_module(module)
     return getattr(loaded, attribute) if attribute else loaded
+
+
+def _refuse_what_is_to_come(name: str) -> None:
+    if not name.startswith("_"):
+        later = importlib.import_module("pellucid._later")
+        later.refuse(later.PACKAGE, name, f"pellucid.{name}")
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ from ._lines import users_line
 from ._recorder import Recorder, active
 from ._structure import DictValue, Unread, named_tuple
 from ._value import Value
+
+#: The longest index tensor of the user's that is written as a list.
+_LISTED = 64
 
 #: Python's own types where a dtype stands, as torch reads them.
 _PYTHON_DTYPES = {float: "float64", int: "int64", bool: "bool", complex: "complex128"}
@@ -198,6 +202,16 @@ def graph_value(value: Any, recorder: Recorder) -> Any:
         f"strings, and lists, tuples and dicts of them can: {value!r:.80}",
         where=users_line(),
     )
+
+
+def plain_index(index: Any) -> Any:
+    """An index with the user's own short index tensors as numbers and lists, which mean the same and are
+    checked against the axis before anything is sent."""
+    if isinstance(index, tuple):
+        return tuple(map(plain_index, index))
+    if isinstance(index, Value) or str(getattr(index, "dtype", "")).removeprefix("torch.") != "int64":
+        return index
+    return index.tolist() if index.ndim <= 1 and 0 < math.prod(index.shape) <= _LISTED else index
 
 
 def recorder_of(value: Any) -> Recorder | None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 from pellucid_shared import PROTOCOL, __version__
-from pellucid_shared.errors import ConnectionFailedError, PellucidError, RequestError, VersionError
+from pellucid_shared.errors import (
+    ConnectionFailedError,
+    InputError,
+    NotFoundError,
+    PellucidError,
+    RequestError,
+    VersionError,
+)
 from pellucid_shared.graph import Graph
 from pellucid_shared.packing import WireTensor, pack_tensors
 from pellucid_shared.wire import (
@@ -30,8 +39,11 @@ if TYPE_CHECKING:
     import httpx
 
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0
-#: How often an event stream that breaks without a word is taken up again before it counts as lost.
-_RECONNECTS = 8
+#: How long a stream of events may say nothing; the server pings more often.
+_SILENT_SECONDS = 40.0
+#: How often an event stream that breaks is taken up again, within about 9 s, before it counts as lost; a
+#: server that is there and says nothing uses up several at once.
+_RECONNECTS, _FOR_SILENCE = 8, 4
 _VERSION_HEADER = "Pellucid-Version"
 
 
@@ -43,10 +55,9 @@ class Connection:
     """
 
     def __init__(self, url: str) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise RequestError(f"{url!r} is not the URL of a server; write it in full: http://host:8470")
-        self.url = url.rstrip("/")
+        self.url = server_url(url)
         self._client: httpx.Client | None = None
+        self._process = 0
         self._lock = threading.Lock()
 
     def get_json(self, path: str) -> Any:
@@ -80,15 +91,18 @@ class Connection:
         while True:
             try:
                 headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
-                with self._http().stream("GET", path, headers=headers) as answer:
+                timeout = httpx.Timeout(_SILENT_SECONDS, connect=_CONNECT_SECONDS)
+                with self._http().stream("GET", path, headers=headers, timeout=timeout) as answer:
                     self._raise_for(answer)
                     for event in _parsed(answer.iter_lines()):
                         last, failures = event.id or last, 0
                         yield event
-            except httpx.ConnectError as error:
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 if failures >= _RECONNECTS:
                     self._unreachable(error)
             except httpx.TransportError as error:
+                if isinstance(error, httpx.TimeoutException):
+                    failures += _FOR_SILENCE
                 if failures >= _RECONNECTS:
                     self._broken(error)
             failures += 1
@@ -132,14 +146,17 @@ class Connection:
         import httpx
 
         with self._lock:
-            if self._client is None:
+            # A forked process must not speak on the connections of its parent.
+            if self._client is None or self._process != os.getpid():
                 headers = {PROTOCOL_HEADER: str(PROTOCOL), "User-Agent": f"pellucid/{__version__}"}
                 timeout = httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS)
                 self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+                self._process = os.getpid()
                 weakref.finalize(self, self._client.close)
-            key = config.api_key
-            if key:
+            if key := config.api_key:
                 self._client.headers["Authorization"] = f"Bearer {key}"
+            else:
+                self._client.headers.pop("Authorization", None)
             return self._client
 
     def _raise_for(self, answer: httpx.Response) -> None:
@@ -154,7 +171,10 @@ class Connection:
             return
         answer.read()
         if answer.headers.get("Content-Type", "").startswith(PROBLEM_TYPE):
-            raise PellucidError.from_problem(answer.json())
+            error = PellucidError.from_problem(answer.json())
+            if type(error) is NotFoundError and (prefix := urlsplit(self.url).path):
+                error.message += f" The URL of the server is given with the path {prefix}: is that right?"
+            raise error
         raise RequestError(
             f"{self.url} answered {answer.request.method} {answer.request.url.path} with "
             f"{answer.status_code} and no reason; is it a Pellucid server?"
@@ -169,6 +189,24 @@ class Connection:
     def _broken(self, error: Exception) -> NoReturn:
         reason = str(error) or type(error).__name__
         raise ConnectionFailedError(f"the connection to {self.url} broke: {reason}; try again") from None
+
+
+def server_url(text: str) -> str:
+    """The URL of a server, without a slash at its end.
+
+    Raises:
+        InputError: it is not a full http or https URL, or has more than scheme, host, port and path.
+    """
+    url = text.strip().rstrip("/")
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        plain = not (parts.query or parts.fragment or parts.username or any(c.isspace() for c in url))
+    except ValueError:
+        whole = plain = False
+    if not (whole and plain):
+        raise InputError(f"{text!r} is not the URL of a server; write it in full: http://host:8470")
+    return url
 
 
 def _parsed(lines: Iterator[str]) -> Iterator[Event]:

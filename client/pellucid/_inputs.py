@@ -93,6 +93,8 @@ def _rows(value: Any) -> tuple[list[list[int]], bool]:
     if not value or (isinstance(value[0], Sequence) and not all(value)):
         raise EmptyPromptError("the prompt is empty; give it text or at least one token id")
     batched = isinstance(value[0], Sequence) and not isinstance(value[0], str)
+    if batched and not all(isinstance(row, Sequence) for row in value):
+        raise InputError(f"a batch of token ids is a list of lists, found {value!r:.60}")
     return [[_id(v) for v in row] for row in (value if batched else [value])], batched
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ from pellucid_shared.errors import ConnectionFailedError, InputError, did_you_me
 
 from ._config import config
 from ._http import Connection
-from ._lines import users_line
+from ._later import MODEL_OPTIONS, TRACE_OPTIONS, refuse
+from ._lines import at_users_line, users_line
 from ._local import LoadOptions, LocalModel
 from ._remote import RemoteModel
 from ._target import Target
@@ -20,6 +22,7 @@ from ._tracer import Tracer, one_input
 from ._tree import Module, show_tree
 
 _TRACE_OPTIONS = ("remote", "progress")
+_MODEL_OPTIONS = ("remote", "model", "tokenizer", "device_map", "dtype", "dispatch")
 
 
 class LanguageModel(Module):
@@ -33,8 +36,8 @@ class LanguageModel(Module):
     Args:
         name: the name it is served under, a hub id, or a folder.
         remote: a server's URL; True for the configured one (``PELLUCID_HOST``); False for this process. Left
-            out: the configured server if there is one, else this process. A folder, or a model that is
-            given, runs in this process.
+            out: the configured server if there is one, else this process. A folder (one with a config.json,
+            or written as a path), or a model that is given, runs in this process.
         model, tokenizer: a transformers model that is loaded already, and its tokenizer.
         device_map, dtype: how transformers loads it in this process; the checkpoint's dtype if left out.
         dispatch: load it now, not on first use.
@@ -42,6 +45,7 @@ class LanguageModel(Module):
     Raises:
         ModelNotFoundError: the server does not serve it; lists what it does.
         ConnectionFailedError: no server answers, or none is configured.
+        InputError: no name, an unknown option, or a URL that is none.
     """
 
     def __init__(
@@ -54,14 +58,21 @@ class LanguageModel(Module):
         device_map: Any = None,
         dtype: Any = None,
         dispatch: bool = False,
+        **unknown: Any,
     ) -> None:
         super().__init__(self, "")
+        _refuse_options("LanguageModel", unknown, MODEL_OPTIONS, _MODEL_OPTIONS)
         source = str(name)
+        if not source:
+            raise InputError(
+                "a model has a name: of one served, of one on the hub, or a folder", where=users_line()
+            )
         folder = Path(source).expanduser()
-        here = model is not None or folder.is_dir()
-        self._name = folder.resolve().name if folder.is_dir() and model is None else source
+        is_folder = (folder / "config.json").is_file() or source.startswith(("/", ".", "~"))
+        here = model is not None or is_folder
+        self._name = folder.resolve().name if is_folder and model is None else source
         self._options = LoadOptions(
-            source=str(folder) if folder.is_dir() else source,
+            source=str(folder) if is_folder else source,
             device_map=device_map,
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             model=model,
@@ -74,7 +85,8 @@ class LanguageModel(Module):
             remote = not here and config.host is not None
         self._remote: bool | str = remote
         if remote is not False or dispatch:
-            _ = self.card
+            with at_users_line():
+                _ = self.card
 
     @property
     def name(self) -> str:
@@ -112,21 +124,21 @@ class LanguageModel(Module):
             EmptyPromptError: no text and no ids.
             InputError: not one of the forms taken, or an unknown option.
         """
-        if unknown := [name for name in options if name not in _TRACE_OPTIONS]:
-            raise InputError(
-                f"trace has no option {unknown[0]!r}; it has {', '.join(_TRACE_OPTIONS)}."
-                f"{did_you_mean(unknown[0], _TRACE_OPTIONS)}",
-                where=users_line(),
-            )
+        unknown = {name: value for name, value in options.items() if name not in _TRACE_OPTIONS}
+        _refuse_options("model.trace", unknown, TRACE_OPTIONS, _TRACE_OPTIONS)
         given = one_input(inputs, "model.trace") if inputs else None
         progress = bool(options.get("progress", True))
-        return Tracer(self, self._target(options.get("remote")), given, progress=progress)
+        with at_users_line():
+            target = self._target(options.get("remote"))
+        return Tracer(self, target, given, progress=progress)
 
     def __repr__(self) -> str:
         return f"{self._name}: {show_tree(self.card)}"
 
     def _target(self, remote: bool | str | None) -> Target:
         remote = self._remote if remote is None else remote
+        if not isinstance(remote, bool | str):
+            raise InputError(f"remote= is True, False, or the URL of a server; found {remote!r:.60}")
         with self._lock:
             if remote is False:
                 if self._here is None:
@@ -141,6 +153,18 @@ class LanguageModel(Module):
             if url not in self._there:
                 self._there[url] = RemoteModel(Connection(url), self._name)
             return self._there[url]
+
+
+def _refuse_options(
+    what: str, given: Mapping[str, Any], to_come: Mapping[str, str], known: Sequence[str]
+) -> None:
+    """Raise the error for the first option that ``what`` does not have."""
+    for name in given:
+        refuse(to_come, name, f"{what}({name}=)")
+        raise InputError(
+            f"{what} has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}",
+            where=users_line(),
+        )
 
 
 class RemoteTokenizer:

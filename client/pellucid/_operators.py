@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from pellucid_shared.errors import ShapeError
 from pellucid_shared.ops import lookup
 
-from ._call import call, graph_value, method, spelled
+from ._call import call, graph_value, method, plain_index, spelled
+from ._later import VALUE, refuse
 from ._lines import users_line
 from ._save import save
 from ._value import Value
@@ -68,6 +69,7 @@ class Operators(Value):
         if name.startswith("_"):
             raise AttributeError(name)
         self._recorder.require_open(self)
+        refuse(VALUE, name, f".{name} of a value")
         op = method(name)
         return lambda *args, **kwargs: call(op, (self, *args), kwargs)
 
@@ -100,9 +102,10 @@ class Operators(Value):
     def __getitem__(self, index: Any) -> Any:
         if type(index) is int and index == 0:
             warn_of_first_row(self._recorder, self._node, users_line())
-        return call(lookup("getitem"), (self, index), {})
+        return call(lookup("getitem"), (self, plain_index(index)), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        index = plain_index(index)
         if not self._already_there(index, value):
             call(lookup("setitem"), (self, index, value), {})
 
@@ -114,6 +117,11 @@ class Operators(Value):
         made = recorder.nodes[node]
         same = made.op == "getitem" and made.args == (self.ref(recorder), graph_value(index, recorder))
         return same and recorder.is_view(node)
+
+    @property
+    def t(self) -> Any:
+        """torch's ``t()``: the two axes of a matrix exchanged."""
+        return _Transpose(self)
 
     @property
     def T(self) -> Any:
@@ -139,6 +147,20 @@ class Operators(Value):
     @property
     def imag(self) -> Any:
         return self._function("torch.imag", self)
+
+
+class _Transpose:
+    """``x.t()`` of torch; ``x.t[i]`` is the language's own, and to come."""
+
+    def __init__(self, value: Operators) -> None:
+        self._value = value
+
+    def __call__(self) -> Any:
+        return call(spelled("torch.t"), (self._value,), {})
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        refuse(VALUE, "t[...]", ".t[...] of a value")
+        raise AssertionError("unreachable")
 
 
 def _binary_operator(name: str) -> Callable[[Operators, Any], Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from pellucid_shared.card import ModelCard
-from pellucid_shared.errors import ModelNotFoundError, PellucidError, did_you_mean
+from pellucid_shared.errors import ConnectionFailedError, ModelNotFoundError, PellucidError, did_you_mean
 from pellucid_shared.graph import Graph
 from pellucid_shared.packing import WireTensor, unpack
 from pellucid_shared.wire import Event, JobRecord, JobState
@@ -112,12 +112,20 @@ class RemoteModel:
         *,
         progress: bool,
     ) -> tuple[dict[str, Any], Job]:
+        """See :class:`pellucid._target.Target`. Ctrl-C, or whatever else ends the wait in this process,
+        cancels the job. Where the server is lost, the job is left to it."""
         with StatusLine(progress) as status:
             job = Job(self.connection.submit(graph, literals), self.connection)
             try:
                 job.wait(status)
                 return job.result(status), job
-            except KeyboardInterrupt:
+            except ConnectionFailedError as error:
+                raise ConnectionFailedError(
+                    f"job {job.id} was taken, then its server was lost: {error.message}"
+                ) from None
+            except PellucidError:
+                raise
+            except BaseException:
                 with contextlib.suppress(PellucidError):
                     job.cancel()
                 raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,14 +22,14 @@ from pellucid_shared.packing import WireTensor
 
 from . import _values
 from ._call import call, nearest_to, spellings, values_in
-from ._lines import users_line
+from ._later import VALUE, refuse
+from ._lines import is_users, users_line
 from ._operators import Operators
 from ._recorder import Recorder, recording
 from ._value import Value
 
 _SPACES = ("torch", "torch.Tensor", "torch.nn.functional", "torch.linalg", "torch.fft", "torch.special")
 _EMPTY = torch.empty(0)
-_TORCH = torch.__path__[0] + os.sep
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 _TENSOR_KINDS = (Kind.TENSOR, Kind.OPERAND, Kind.TENSORS)
 
@@ -57,6 +56,10 @@ _ANSWERED = frozenset(
         "__contains__",
         "__array__",
         "__reduce_ex__",
+        "__copy__",
+        "__deepcopy__",
+        "cpu",
+        "cuda",
         "__format__",
         "__repr__",
         "__iter__",
@@ -88,6 +91,7 @@ class TensorValue(Operators, torch.Tensor):  # type: ignore[misc, override]
             return getattr(Operators, name)(*args, **kwargs)
         next(values_in((*args, *kwargs.values()))).recorder.require_open()
         if op is None:
+            refuse(VALUE, name, f".{name} of a value")
             raise _unknown(func, name)
         return call(op, args, _said(op, func, kwargs))
 
@@ -114,9 +118,8 @@ class RecordingMode(TorchFunctionMode):
                 where=users_line(),
             )
         op = _factories().get(id(func))
-        # Factories that torch's own code calls (a module's initialisation, printing) are not the user's.
-        caller = sys._getframe(1).f_code.co_filename
-        if op is not None and not caller.startswith(_TORCH) and _takes(op, kwargs):
+        # Factories that torch and transformers call (a module's initialisation, printing) are not the user's.
+        if op is not None and is_users(sys._getframe(1).f_code.co_filename) and _takes(op, kwargs):
             return call(op, args, kwargs)
         return func(*args, **kwargs)
 
@@ -126,7 +129,7 @@ class TorchBackend:
 
     def tensor(self, recorder: Recorder, node: int) -> TensorValue:
         value: TensorValue = torch.Tensor._make_subclass(TensorValue, _EMPTY)
-        value._recorder, value._node = recorder, node
+        value.__dict__.update(_recorder=recorder, _node=node)
         return value
 
     def fill(self, value: Any, result: Any) -> None:

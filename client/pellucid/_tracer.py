@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from contextvars import Token
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pellucid_shared.errors import InputError, PellucidError, RecordingError
 from pellucid_shared.graph import Graph
 
 from ._backend import backend
 from ._inputs import Prompt, prompt
-from ._lines import users_line
+from ._later import TRACER, refuse
+from ._lines import at_users_line, users_line
 from ._recorder import Recorder, enter, leave
 from ._save import fill
 from ._target import Target
@@ -56,6 +57,8 @@ class Tracer:
             InputError: not one of the forms taken.
             RecordingError: the trace was given its input already, or another body is open.
         """
+        if not inputs:
+            refuse(TRACER, "invoke()", "tracer.invoke() without an input")
         if self._given is not None:
             raise RecordingError(
                 "this trace was given its input; leave it out of model.trace() to invoke several",
@@ -63,11 +66,16 @@ class Tracer:
             )
         return Invocation(self._recorder, one_input(inputs, "tracer.invoke"))
 
+    def __getattr__(self, name: str) -> NoReturn:
+        refuse(TRACER, name, f"tracer.{name}")
+        raise AttributeError(f"a tracer has no {name!r}; it has invoke(), graph and job")
+
     def __enter__(self) -> Tracer:
         self._token = enter(self._recorder)
         try:
             if self._given is not None:
-                self._recorder.invoke = self._recorder.add_prompt(self._given)
+                with at_users_line():
+                    self._recorder.invoke = self._recorder.add_prompt(self._given)
             self._mode = backend().recording(self._recorder)
             self._mode.__enter__()
         except BaseException:
@@ -85,7 +93,8 @@ class Tracer:
         self._mode.__exit__(kind, error, traceback)
         leave(self._token)
         if error is None:
-            self._run()
+            with at_users_line():
+                self._run()
         else:
             self._fail(f"has no value: the block ended with {type(error).__name__}, so nothing was run")
 
@@ -106,8 +115,9 @@ class Tracer:
                 )
                 fill(recorder, results)
         except PellucidError as error:
+            recorder.at_users_line(error)
             self._fail(f"has no value: its job failed ({error})")
-            raise recorder.at_users_line(error) from None
+            raise error from None  # torch's own traceback of a local run says nothing more
         except BaseException as error:
             self._fail(f"has no value: its run was ended by {type(error).__name__}")
             raise
@@ -132,8 +142,13 @@ class Invocation:
                 "an invoke cannot be opened inside another; values cross from one to the next by their names",
                 where=users_line(),
             )
-        self._recorder.invoke = self._recorder.add_prompt(self._given)
+        with at_users_line():
+            self._recorder.invoke = self._recorder.add_prompt(self._given)
         return self
+
+    def __getattr__(self, name: str) -> NoReturn:
+        refuse(TRACER, name, f"invoker.{name}")
+        raise AttributeError(f"an invoke has no {name!r}")
 
     def __exit__(self, *_: object) -> None:
         self._recorder.invoke = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pellucid_shared.card import ModelCard, ModuleInfo
 from pellucid_shared.errors import (
     IndexOutOfRangeError,
+    PellucidError,
     RecordingError,
     UnknownModuleError,
     did_you_mean,
@@ -17,6 +19,7 @@ from pellucid_shared.values import ModuleRef
 
 from . import _sites
 from ._call import graph_value, value_of
+from ._later import MODEL, MODULE, refuse
 from ._lines import users_line
 from ._recorder import Recorder, active
 
@@ -122,7 +125,17 @@ class Module:
         for base in (self.path, *self._fallbacks(card)):
             if name in card.children[base]:
                 return Module(self._model, _join(base, name))
+        self._refuse_what_is_to_come(name)
         raise self._unknown(card, name)
+
+    def _refuse_what_is_to_come(self, name: str) -> None:
+        spelling = f"{self.path or 'model'}.{name}"
+        refuse({} if self.path else MODEL, name, spelling)
+        refuse(MODULE, name, spelling)
+        if name in self._info().parameters:
+            leaf = self._info().parameters[name]
+            parameter = f"reading a parameter ({leaf}); this version reads what modules take and return"
+            refuse({name: parameter}, name, spelling)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("output", "input", "inputs") or name.startswith("_"):
@@ -147,6 +160,15 @@ class Module:
             )
         if isinstance(index, slice):
             return [Module(self._model, _join(self.path, name)) for name in names[index]]
+        try:
+            index = operator.index(index)
+        except TypeError as error:
+            if isinstance(error, PellucidError):
+                raise
+            raise UnknownModuleError(
+                f"{self.path} is indexed by a whole number or a slice, found {index!r:.60}",
+                where=users_line(),
+            ) from None
         if not -len(names) <= index < len(names):
             raise IndexOutOfRangeError(
                 f"{self.path}[{index}] is out of range: it has {len(names)} modules, 0 to {len(names) - 1}",
@@ -197,12 +219,6 @@ class Module:
 
     def _unknown(self, card: ModelCard, name: str) -> UnknownModuleError:
         full = _join(self.path, name)
-        if name in self._info().parameters:
-            leaf = self._info().parameters[name]
-            return UnknownModuleError(
-                f"{full} is a parameter {leaf}; this version reads what modules take and return only",
-                where=users_line(),
-            )
         names = [_join(b, n) for b in (self.path, *self._fallbacks(card)) for n in card.children[b]]
         near = did_you_mean(full, names) or did_you_mean(full, card.module_index)
         return UnknownModuleError(

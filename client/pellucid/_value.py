@@ -13,6 +13,7 @@ from pellucid_shared.specs import DTYPES, Dim, TensorSpec, is_complex, is_floati
 from pellucid_shared.values import Ref
 
 from ._backend import backend
+from ._later import VALUE, refuse
 from ._lines import users_line
 from ._recorder import Recorder
 
@@ -131,9 +132,21 @@ class Value:
             )
         return size
 
+    def cpu(self) -> Any:
+        """The value itself: devices are the engine's business."""
+        self._recorder.require_open(self)
+        return self
+
+    def cuda(self, *device: Any, **options: Any) -> Any:
+        """The value itself: devices are the engine's business."""
+        self._recorder.require_open(self)
+        return self
+
     def __len__(self) -> int:
         if not self._known.shape:
-            raise TypeError("len() of a 0-d tensor")
+            raise RecordingError(
+                f"{self} is a single number: it has no length and cannot be iterated", where=users_line()
+            )
         return int(self.size(0))
 
     __hash__ = object.__hash__
@@ -179,6 +192,24 @@ class Value:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self._refuse(
             "it cannot be copied or stored yet; use .clone(), or .save() it and store it after the block"
+        )
+
+    def __copy__(self) -> NoReturn:
+        self.__reduce_ex__(2)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__reduce_ex__(2)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+            return
+        self._recorder.require_open(self)
+        refuse(VALUE, name, f"assigning to .{name} of a value")
+        raise RecordingError(
+            f"{self}: .{name} of a value cannot be assigned; edit the value in place, x[...] = v, or assign "
+            "to .output or .input of a module",
+            where=users_line(),
         )
 
     def _refuse_number(self, spelling: str) -> NoReturn:

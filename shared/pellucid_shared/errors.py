@@ -27,6 +27,7 @@
     +- ValueNotReadyError         a value used before, or after a failed, run
     +- RecordingError             Python asked of a value what only the run can answer
     +- MissingExtraError          a part of pellucid that is not installed
+    +- NotYetError                a part of the language that this version does not have
 
 Over HTTP each is an RFC 9457 problem: ``type`` is ``urn:pellucid:<slug>``, ``detail`` the message, and
 ``node`` the position in the graph where there is one; the client adds the user's own line.
@@ -193,6 +194,10 @@ class RecordingError(PellucidError, TypeError):
 
 class MissingExtraError(PellucidError, ImportError):
     slug, title = "missing-extra", "A part of pellucid is not installed"
+
+
+class NotYetError(PellucidError, NotImplementedError):
+    slug, title, status = "not-yet", "This version does not have it yet", 501
 
 
 def _by_slug() -> dict[str, type[PellucidError]]:
