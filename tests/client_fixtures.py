@@ -31,11 +31,11 @@ class CardTarget:
         return [[ord(c) % self.card.vocab_size for c in text] for text in texts]
 
     def run(
-        self, graph: Graph, prompts: Sequence[Any], literals: Mapping[str, Any], *, progress: bool
-    ) -> tuple[dict[str, Any], None]:
+        self, graph: Graph, prompts: Sequence[Any], literals: Mapping[str, Any], **_: Any
+    ) -> dict[str, Any]:
         self.graphs.append(graph)
         assert self._answer is not None, "this trace was not meant to run"
-        return self._answer(graph), None
+        return self._answer(graph)
 
 
 class CardModel(LanguageModel):

@@ -78,6 +78,9 @@ TRACER = {
     "while_": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "invoke()": "a body over the whole batch; give it an input",
 }
+JOB = dict.fromkeys(
+    ("status", "wait", "result", "events"), "following a job by hand; job.record() shows how it stands"
+)
 TRACE_OPTIONS = {
     "scan": MODEL["scan"],
     "validate": MODEL["scan"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +69,11 @@ class LocalModel:
         literals: Mapping[str, WireTensor],
         *,
         progress: bool,
-    ) -> tuple[dict[str, Any], None]:
+        started: Callable[[Any], None],
+    ) -> dict[str, Any]:
         inputs = [TokenizedInvoke(ids=prompt.ids or [], mask=prompt.invoke.mask) for prompt in prompts]
-        return self.engine.run(graph, inputs, literals), None
+        results: dict[str, Any] = self.engine.run(graph, inputs, literals)
+        return results
 
 
 def _load(name: str, options: LoadOptions) -> Any:

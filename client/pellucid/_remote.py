@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from pellucid_shared.card import ModelCard
@@ -17,12 +17,13 @@ from pellucid_shared.wire import Event, JobRecord, JobState
 
 from ._http import Connection
 from ._inputs import Prompt
+from ._later import JOB, refuse
 from ._progress import StatusLine
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job a server ran.
+    """A job a server has.
 
     Attributes:
         id: its id on the server.
@@ -39,7 +40,11 @@ class Job:
         """Ask the server to stop it."""
         self.connection.post_json(f"/v1/jobs/{self.id}/cancel", {})
 
-    def wait(self, status: StatusLine) -> None:
+    def __getattr__(self, name: str) -> NoReturn:
+        refuse(JOB, name, f"job.{name}")
+        raise AttributeError(f"a job has no {name!r}; it has id, record() and cancel()")
+
+    def _wait(self, status: StatusLine) -> None:
         """Follow its events to the end.
 
         Raises:
@@ -54,7 +59,7 @@ class Job:
         if _state(last) is not JobState.COMPLETED:
             raise PellucidError.from_problem(last.data.get("error") or self.record().error or {})
 
-    def result(self, status: StatusLine) -> dict[str, Any]:
+    def _result(self, status: StatusLine) -> dict[str, Any]:
         """The saved values by name."""
         found: dict[str, Any] = unpack(self.connection.download(f"/v1/jobs/{self.id}/result", status))
         return found
@@ -111,14 +116,16 @@ class RemoteModel:
         literals: Mapping[str, WireTensor],
         *,
         progress: bool,
-    ) -> tuple[dict[str, Any], Job]:
+        started: Callable[[Job], None],
+    ) -> dict[str, Any]:
         """See :class:`pellucid._target.Target`. Ctrl-C, or whatever else ends the wait in this process,
         cancels the job. Where the server is lost, the job is left to it."""
         with StatusLine(progress) as status:
             job = Job(self.connection.submit(graph, literals), self.connection)
+            started(job)
             try:
-                job.wait(status)
-                return job.result(status), job
+                job._wait(status)
+                return job._result(status)
             except ConnectionFailedError as error:
                 raise ConnectionFailedError(
                     f"job {job.id} was taken, then its server was lost: {error.message}"

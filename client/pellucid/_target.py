@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pellucid_shared.card import ModelCard
@@ -32,6 +32,8 @@ class Target(Protocol):
         literals: Mapping[str, WireTensor],
         *,
         progress: bool,
-    ) -> tuple[dict[str, Any], Any]:
-        """Run a checked graph; values by save name (tensors as WireTensor or torch tensors), and the job."""
+        started: Callable[[Any], None],
+    ) -> dict[str, Any]:
+        """Run a checked graph; values by save name (tensors as WireTensor or torch tensors). ``started`` is
+        told the job as soon as there is one."""
         ...

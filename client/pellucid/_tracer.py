@@ -30,7 +30,10 @@ class Tracer:
     and run, and every saved name is filled. An exception inside the block passes, and nothing is sent.
 
     Attributes:
-        job: the job a server ran, None for local runs and before the block ends.
+        job: the job a server has for it, also where it failed; None for local runs and before the block ends.
+
+    Ctrl-C while the run is waited for cancels the job on the server, or ends the pass in this process, and
+    passes; the saved names then say that they have no value.
     """
 
     def __init__(self, model: LanguageModel, target: Target, given: Prompt | None, *, progress: bool) -> None:
@@ -110,8 +113,12 @@ class Tracer:
             graph, timeline = recorder.finish()
             warn_of_edits_that_show(recorder, timeline)
             if recorder.saved:
-                results, self.job = recorder.target.run(
-                    graph, recorder.prompts, recorder.literals, progress=self._progress
+                results = recorder.target.run(
+                    graph,
+                    recorder.prompts,
+                    recorder.literals,
+                    progress=self._progress,
+                    started=self._started,
                 )
                 fill(recorder, results)
         except PellucidError as error:
@@ -122,6 +129,9 @@ class Tracer:
             self._fail(f"has no value: its run was ended by {type(error).__name__}")
             raise
         recorder.close("was not saved, so it is gone: .save() it inside the block")
+
+    def _started(self, job: Job) -> None:
+        self.job = job
 
     def _fail(self, reason: str) -> None:
         backend().release(self._recorder)
