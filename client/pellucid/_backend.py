@@ -21,6 +21,10 @@ class Backend(Protocol):
         """Turn a saved value into its result: a WireTensor, or a torch tensor."""
         ...
 
+    def plain(self, result: Any) -> Any:
+        """A result that fills no value: a tensor or array, or what is no tensor as it is."""
+        ...
+
     def adopt(self, recorder: Recorder, target: Any) -> Any:
         """Make the user's own tensor, about to be written with a value, a value of the trace."""
         ...

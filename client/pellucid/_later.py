@@ -9,8 +9,6 @@ from pellucid_shared.errors import NotYetError
 
 from ._lines import users_line
 
-_ONE_PASS = "this version runs one forward pass, with model.trace(prompt)"
-_NO_STEPS = f"steps of generation; {_ONE_PASS}"
 _NO_GRADIENTS = "gradients; this version reads and writes values only"
 _NO_FLOW = "control flow on values; use torch.where(condition, a, b)"
 _LANGUAGE_MODELS = "this version has LanguageModel, for causal language models"
@@ -27,10 +25,7 @@ PACKAGE = {
     "collect": "activations over a data set; trace each prompt, or a batch of them",
 }
 MODEL = {
-    "generate": f"generation; {_ONE_PASS}",
-    "generator": f"generation; {_ONE_PASS}",
     "forward": "the founding spelling of model.trace(); write `with model.trace() as tracer:`",
-    "session": "several traces in one job; save what the next trace needs, and use it there",
     "edit": "interventions that stay; write them in each trace",
     "clear_edits": "interventions that stay; write them in each trace",
     "scan": "a run on shapes only; .shape and .dtype of values are known inside the block of a trace",
@@ -42,9 +37,6 @@ MODEL = {
 MODULE = {
     "source": "values inside a module; .input and .output of modules can be read and written",
     "skip": "leaving a module out; assign to its .output",
-    "next": _NO_STEPS,
-    "all": _NO_STEPS,
-    "iter": _NO_STEPS,
     "backward_output": _NO_GRADIENTS,
     "backward_input": _NO_GRADIENTS,
 }
@@ -60,10 +52,6 @@ VALUE = {
 }
 TRACER = {
     "stop": "ending the pass early by hand; it ends by itself after the last value that is needed",
-    "next": _NO_STEPS,
-    "iter": _NO_STEPS,
-    "all": _NO_STEPS,
-    "result": f"generation; {_ONE_PASS}",
     "output": "the output kept without save; write model.output.save()",
     "cache": "every module's output at once; save those that are wanted",
     "save_all": "every module's output at once; save those that are wanted",
@@ -71,12 +59,16 @@ TRACER = {
     "print": "values shown while the model runs; save them and print them after the block",
     "apply": "functions over values; call the function itself, it is recorded as it runs",
     "barrier": "it is not needed: values cross from one invoke to the next by their names",
-    "list": "lists filled on the server; append values to a Python list and save it",
     "cond": _NO_FLOW,
     "select": _NO_FLOW,
     "loop": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "while_": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "invoke()": "a body over the whole batch; give it an input",
+}
+SESSION = {
+    "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",
+    "parameter": _NO_GRADIENTS,
+    "log": TRACER["log"],
 }
 JOB = dict.fromkeys(
     ("status", "wait", "result", "events"), "following a job by hand; job.record() shows how it stands"
@@ -86,7 +78,6 @@ TRACE_OPTIONS = {
     "validate": MODEL["scan"],
     "blocking": PACKAGE["Job"],
     "exclusive": "a run of one's own; the pass is shared only with the trace's own invokes",
-    "seed": "seeds of one's own; random ops draw from a fixed one",
     "tuple_outputs": "the old meaning of .output[0]; print(model) shows what each module returns",
     "trace": "a run without a block; save model.output inside one",
 }

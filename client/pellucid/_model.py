@@ -9,19 +9,22 @@ from types import SimpleNamespace
 from typing import Any
 
 from pellucid_shared.card import ModelCard
-from pellucid_shared.errors import ConnectionFailedError, InputError, did_you_mean
+from pellucid_shared.errors import ConnectionFailedError, InputError, PellucidError, did_you_mean
+from pellucid_shared.regions import GENERATION_OPTIONS, Generation, generation
 
 from ._config import config
 from ._http import Connection
 from ._later import MODEL_OPTIONS, TRACE_OPTIONS, refuse
 from ._lines import at_users_line, users_line
 from ._local import LoadOptions, LocalModel
+from ._recorder import session_of
 from ._remote import RemoteModel
+from ._sites import read_result
 from ._target import Target
-from ._tracer import Tracer, one_input
+from ._tracer import Session, TraceOptions, Tracer, one_input
 from ._tree import Module, show_tree
 
-_TRACE_OPTIONS = ("remote", "progress")
+_TRACE_OPTIONS = ("remote", "progress", "seed")
 _MODEL_OPTIONS = ("remote", "model", "tokenizer", "device_map", "dtype", "dispatch")
 
 
@@ -119,18 +122,72 @@ class LanguageModel(Module):
                 each of several.
             remote: as for the model; left out, where the model is.
             progress: False shows no status line.
+            seed: of the random numbers that the trace's own ops draw.
 
         Raises:
             EmptyPromptError: no text and no ids.
             InputError: not one of the forms taken, or an unknown option.
         """
-        unknown = {name: value for name, value in options.items() if name not in _TRACE_OPTIONS}
-        _refuse_options("model.trace", unknown, TRACE_OPTIONS, _TRACE_OPTIONS)
-        given = one_input(inputs, "model.trace") if inputs else None
-        progress = bool(options.get("progress", True))
+        return self._begin("model.trace", inputs, options, None)
+
+    def generate(self, *inputs: Any, **options: Any) -> Tracer:
+        """``with model.generate(prompt, max_new_tokens=5) as tracer:`` a generation, step by step.
+
+        Step 0 is the pass over the prompt; each step leads to one token. ``tracer.iter`` and ``next()`` name
+        steps, and ``tracer.result`` is the ids of prompt and new tokens, [batch, prompt + new].
+
+        Args:
+            inputs: as for ``trace``.
+            remote, progress, seed: as for ``trace``; sampling draws from a generator of the seed.
+            max_new_tokens: steps at most, 20 where it is left out.
+            options: min_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id
+                and pad_token_id, as in transformers; the model's generation config decides what is left out.
+
+        Raises:
+            EmptyPromptError: no text and no ids.
+            InputError: not one of the forms taken, or an option that is unknown or out of bounds.
+        """
+        own = {k: v for k, v in options.items() if k in GENERATION_OPTIONS and v is not None}
+        eos = own.get("eos_token_id")
+        if isinstance(eos, int):
+            own["eos_token_id"] = [eos]
+        try:
+            wanted = generation({"max_new_tokens": 20, **own})
+        except PellucidError as error:
+            raise InputError(error.message, where=users_line()) from None
+        rest = {k: v for k, v in options.items() if k not in GENERATION_OPTIONS}
+        return self._begin("model.generate", inputs, rest, wanted)
+
+    def session(self, *, remote: bool | str | None = None, progress: bool = True) -> Session:
+        """``with model.session() as s:`` several traces and generations as one job; values flow between them.
+
+        Args:
+            remote, progress: as for ``trace``, for all of its traces.
+        """
         with at_users_line():
-            target = self._target(options.get("remote"))
-        return Tracer(self, target, given, progress=progress)
+            return Session(self, self._target(remote), progress=progress)
+
+    @property
+    def generator(self) -> Generator:
+        """What a generation ends with: ``model.generator.output`` is ``tracer.result``."""
+        return Generator(self)
+
+    def _begin(
+        self, what: str, inputs: tuple[Any, ...], options: Mapping[str, Any], wanted: Generation | None
+    ) -> Tracer:
+        """A trace of any kind, with the options that all have."""
+        unknown = {name: value for name, value in options.items() if name not in _TRACE_OPTIONS}
+        known = _TRACE_OPTIONS if wanted is None else (*_TRACE_OPTIONS, *GENERATION_OPTIONS)
+        _refuse_options(what, unknown, TRACE_OPTIONS, known)
+        seed = options.get("seed", 0)
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise InputError(f"seed is a whole number from 0, found {seed!r:.60}", where=users_line())
+        given = one_input(inputs, what) if inputs else None
+        session = session_of(self)
+        with at_users_line():
+            target = self._target(options.get("remote")) if session is None else session.run.recorder.target
+        progress = bool(options.get("progress", True))
+        return Tracer(self, target, given, TraceOptions(wanted, seed, progress), session=session)
 
     def __repr__(self) -> str:
         return f"{self._name}: {show_tree(self.card)}"
@@ -153,6 +210,18 @@ class LanguageModel(Module):
             if url not in self._there:
                 self._there[url] = RemoteModel(Connection(url), self._name)
             return self._there[url]
+
+
+class Generator:
+    """``model.generator``: its output is what a generation ends with."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    @property
+    def output(self) -> Any:
+        """The ids of prompt and new tokens, [batch, prompt + new] int64."""
+        return read_result(self._model._recorder())
 
 
 def _refuse_options(

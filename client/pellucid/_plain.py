@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 from pellucid_shared.errors import RecordingError
+from pellucid_shared.packing import WireTensor
 from pellucid_shared.values import Device, DType
 
 from ._lines import users_line
@@ -94,6 +95,9 @@ class PlainBackend:
         value.__dict__.clear()
         value.__class__ = FilledValue
         value.value = result.numpy()
+
+    def plain(self, result: Any) -> Any:
+        return result.numpy() if isinstance(result, WireTensor) else result
 
     def adopt(self, recorder: Recorder, target: Any) -> NoReturn:
         raise RecordingError(

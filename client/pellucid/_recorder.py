@@ -12,12 +12,14 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pellucid_shared.card import ModelCard
-from pellucid_shared.check import check_node
+from pellucid_shared.check import Scene, check_flat, check_node, require_room
 from pellucid_shared.errors import InputError, PellucidError, RecordingError, ValueNotReadyError
-from pellucid_shared.graph import GET, Graph, Invoke, Node, Trace
+from pellucid_shared.flat import Flat, flatten
+from pellucid_shared.graph import GET, SET, Each, Generation, Graph, Invoke, Node, Trace
 from pellucid_shared.lint import lint
 from pellucid_shared.ops import Alias, Cost, lookup
 from pellucid_shared.packing import WireTensor, digest
@@ -29,6 +31,9 @@ from ._inputs import Prompt
 from ._lines import users_line
 from ._target import Target
 
+if TYPE_CHECKING:
+    from ._tracer import Session
+
 #: Two unlike sets of placeholders: a spec that is the same under both depends on no token count.
 _FIRST_PRIME, _OTHER_PRIME = 10_007, 20_011
 
@@ -39,8 +44,26 @@ Checked: TypeAlias = "tuple[Spec, dict[str, Any] | None, Cost]"
 _ACTIVE: ContextVar[Recorder | None] = ContextVar("pellucid_recorder", default=None)
 
 
+@dataclass(slots=True)
+class OpenTrace:
+    """A trace as it is written.
+
+    Attributes:
+        start: position of its first prompt among all of the job.
+        prompts: one per invoke.
+    """
+
+    start: int
+    generation: Generation | None
+    seed: int
+    prompts: list[Prompt] = field(default_factory=list)
+
+    def region(self) -> Trace:
+        return Trace(tuple(prompt.invoke for prompt in self.prompts), self.generation, self.seed)
+
+
 class Recorder:
-    """One trace being written.
+    """One job being written: a trace, or the traces of a session.
 
     Attributes:
         model: name of the model, as the graph gives it.
@@ -49,13 +72,18 @@ class Recorder:
         nodes: the nodes so far, in program order.
         lines: the user's ``file:line`` of each node.
         literals: the tensors the nodes name, by digest.
-        prompts: one per invoke.
+        regions: the traces, and the bodies for several of their steps, as they are opened.
+        region: index of the region that nodes are now written in; None between the traces of a session.
         invoke: index of the invoke whose body is being written, or None between bodies.
+        step: step of generation that sites name now, counted from that of the body; ``next()`` raises it.
+        steps_ahead: the same for single modules, by path.
         saved: position of each ``save`` node -> the user's value or structure.
         adopted: the user's own tensors that were written with values.
         last_set: position of the last ``site.set`` of each site.
-        unread: structures of each (module, kind, invoke) whose members may not be read yet.
+        unread: structures of each (trace, module, kind, invoke, step) whose members may not be read yet.
         save_names: name of each saved value -> position of its ``save`` node.
+        session: the session it belongs to, or None.
+        lost: nodes that were saved in a step the generation did not reach.
     """
 
     def __init__(self, model: str, target: Target, owner: object) -> None:
@@ -65,18 +93,24 @@ class Recorder:
         self.nodes: list[Node] = []
         self.lines: list[str] = []
         self.literals: dict[str, WireTensor] = {}
-        self.prompts: list[Prompt] = []
+        self.regions: list[OpenTrace | Each] = []
+        self.region: int | None = None
         self.invoke: int | None = None
+        self.step = 0
+        self.steps_ahead: dict[str, int] = {}
         self.saved: dict[int, Any] = {}
         self.adopted: list[Any] = []
-        self.last_set: dict[Site, int] = {}
-        self.unread: dict[tuple[str, str, int], weakref.WeakSet[Any]] = {}
+        self.last_set: dict[tuple[int, Site], int] = {}
+        self.unread: dict[tuple[Any, ...], weakref.WeakSet[Any]] = {}
         self.save_names: dict[str, int] = {}
+        self.session: Session | None = None
+        self.lost: set[int] = set()
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []
         self._bounds: list[dict[str, Any] | None] = []
         self._other_specs: list[Spec] = []
         self._sized: dict[int, list[tuple[int, int]]] = {}
+        self._scenes: dict[tuple[int, int], Scene] = {}
         self._closed: str | None = None
         self._refuted: PellucidError | None = None
 
@@ -84,17 +118,118 @@ class Recorder:
     def card(self) -> ModelCard:
         return self.target.card
 
-    # --- writing -------------------------------------------------------------------------------------------
+    # --- regions -------------------------------------------------------------------------------------------
 
-    def add_prompt(self, prompt: Prompt) -> int:
-        """Add an invoke; its index. Texts are tokenized at once where that costs no trip.
+    def open_trace(self, generation: Generation | None = None, seed: int = 0) -> None:
+        """Begin a trace: nodes and prompts from here on are its own."""
+        self.require_open()
+        self.regions.append(OpenTrace(len(self.prompts), generation, seed))
+        self.region, self.invoke = len(self.regions) - 1, None
+
+    def close_trace(self) -> None:
+        """End the trace that is being written."""
+        self.region = self.invoke = None
+
+    def open_steps(self, steps: int | list[int] | slice, *, optional: bool = False) -> None:
+        """Begin a body for steps of the trace's generation.
 
         Raises:
-            InputError: an id the model's vocabulary does not have, or text for a model without tokenizer.
+            RecordingError: the trace does not generate, or such a body is open.
         """
+        trace = self.current_trace()
+        if isinstance(self.here, Each):
+            raise RecordingError(
+                "a body for steps of generation cannot be opened inside another", where=users_line()
+            )
+        if trace.generation is None:
+            raise RecordingError(
+                "a trace is one forward pass and has no steps; generate with "
+                "`with model.generate(prompt, max_new_tokens=n):`",
+                where=users_line(),
+            )
+        self.regions.append(Each(self.regions.index(trace), steps, optional))
+        self.region = len(self.regions) - 1
+
+    def close_steps(self) -> None:
+        """End the body for steps."""
+        if isinstance(self.here, Each):
+            self.region = self.here.parent
+
+    @property
+    def here(self) -> OpenTrace | Each | None:
+        """The region that is being written."""
+        return None if self.region is None else self.regions[self.region]
+
+    def current_trace(self) -> OpenTrace:
+        """The trace that is being written.
+
+        Raises:
+            RecordingError: the code stands between the traces of a session.
+        """
+        self.require_open()
+        if self.region is None:
+            raise RecordingError(
+                "a site belongs to a trace: read and write it under `with model.trace(prompt):`",
+                where=users_line(),
+            )
+        return self._trace(self.region)
+
+    def trace_index(self) -> int:
+        """Index of the region of the trace that is being written."""
+        return self.regions.index(self.current_trace())
+
+    def step_of(self, module: str) -> int:
+        """The step that a site of a module names now, as the graph has it."""
+        return self.step + self.steps_ahead.get(module, 0)
+
+    def phase_of(self, module: str) -> int:
+        """The same, counted from the prefill; of a body for several steps, the first of them."""
+        return self.step_of(module) + self._first_step(self.region)
+
+    def scene(self, region: int, start: int | None = None) -> Scene:
+        """What sites in a region are seen in; unknown token counts are primes from ``start`` on."""
+        trace, start = self._trace(region), start or _FIRST_PRIME
+        known = self._scenes.get((trace.start, start))
+        if known is None or len(known.sizes) != len(trace.prompts):
+            sizes = self._sizes(start)[trace.start : trace.start + len(trace.prompts)]
+            known = self._scenes[trace.start, start] = Scene(trace.region(), sizes)
+        return known
+
+    def _trace(self, region: int) -> OpenTrace:
+        found = self.regions[region]
+        if isinstance(found, Each):
+            found = self.regions[found.parent]
+        assert isinstance(found, OpenTrace)
+        return found
+
+    def _first_step(self, region: int | None) -> int:
+        found = None if region is None else self.regions[region]
+        if not isinstance(found, Each):
+            return 0
+        generation = self._trace(found.parent).generation
+        assert generation is not None
+        return next(iter(found.of(generation.max_new_tokens)), 0)
+
+    # --- writing -------------------------------------------------------------------------------------------
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of every trace, in order."""
+        return [prompt for trace in self._traces() for prompt in trace.prompts]
+
+    def _traces(self) -> list[OpenTrace]:
+        return [region for region in self.regions if isinstance(region, OpenTrace)]
+
+    def add_prompt(self, prompt: Prompt) -> int:
+        """Add an invoke to the trace; its index. Texts are tokenized at once where that costs no trip.
+
+        Raises:
+            InputError: an id the model's vocabulary does not have, text for a model without tokenizer, or
+                more tokens than the model takes.
+        """
+        trace = self.current_trace()
         if prompt.tokens is None and not self.card.has_tokenizer:
             raise InputError(f"{self.model} has no tokenizer; give it token ids instead of text")
-        self.prompts.append(prompt)
         if prompt.tokens is None and not self.target.distant:
             prompt.tokenized(self.target.tokenize(prompt.texts))
         highest = max((max(row) for row in prompt.ids or []), default=0)
@@ -103,7 +238,11 @@ class Recorder:
             raise InputError(
                 f"token id {highest} is not in the vocabulary of {self.model}, which has {count}"
             )
-        return len(self.prompts) - 1
+        if prompt.tokens is not None:
+            require_room(len(trace.prompts), prompt.tokens, trace.region(), self.card)
+        trace.prompts.append(prompt)
+        self.step, self.steps_ahead = 0, {}
+        return len(trace.prompts) - 1
 
     def add(self, op: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
         """Record a node whose arguments are graph values; its position.
@@ -113,7 +252,8 @@ class Recorder:
             ValueNotReadyError: the trace has ended.
         """
         self.require_open()
-        node, line = Node(op, tuple(args), kwargs or {}), users_line()
+        region = self._last_trace() if self.region is None else self.region
+        node, line = Node(op, tuple(args), kwargs or {}, region), users_line()
         try:
             spec, bound, _ = self._check_exactly(node)
         except PellucidError as error:
@@ -149,7 +289,9 @@ class Recorder:
     def shows(self, node: int, site: Site) -> bool:
         """Whether a node's value is the very tensor that is at the site now."""
         made = self.nodes[node]
-        return made.op == GET and made.site == site and node > self.last_set.get(site, -1)
+        trace = self.trace_index()
+        same = made.op == GET and made.site == site and made.region == self.region
+        return same and node > self.last_set.get((trace, site), -1)
 
     def is_view(self, node: int) -> bool:
         """Whether the value of a registry node shares the storage of what it was made from."""
@@ -204,17 +346,25 @@ class Recorder:
             ids = ids[count:]
             assert prompt.ids is not None
             prompt.invoke = Invoke(prompt.ids[0] if isinstance(prompt.invoke.input, str) else prompt.ids)
+            self._require_room(prompt)
         self._sized.clear()
+        self._scenes.clear()
         self._specs, self._bounds, self._other_specs = [], [], []
         for node, line in zip(self.nodes, self.lines, strict=True):
             try:
-                spec, bound, _ = self._check(node, self._specs, self._sizes(_FIRST_PRIME))
+                spec, bound, _ = self._check(node, self._specs, _FIRST_PRIME)
             except PellucidError as error:
                 error.where = error.where or line
                 self._refuted = error  # an earlier line is wrong: catching the error does not mend it
                 raise
             self._specs.append(spec)
             self._bounds.append(bound)
+
+    def _require_room(self, prompt: Prompt) -> None:
+        for trace in self._traces():
+            for index, own in enumerate(trace.prompts):
+                if own is prompt and own.tokens is not None:
+                    require_room(index, own.tokens, trace.region(), self.card)
 
     def _sizes(self, start: int) -> list[tuple[int, int]]:
         """(batch, tokens) of each invoke, primes from ``start`` on in place of unknown counts."""
@@ -230,45 +380,74 @@ class Recorder:
         while len(self._other_specs) <= node:
             spec: Spec = None
             with contextlib.suppress(PellucidError):
-                spec, _, _ = self._check(
-                    self.nodes[len(self._other_specs)], self._other_specs, self._sizes(_OTHER_PRIME)
-                )
+                node_there = self.nodes[len(self._other_specs)]
+                spec, _, _ = self._check(node_there, self._other_specs, _OTHER_PRIME)
             self._other_specs.append(spec)
         return self._other_specs[node]
 
     def _check_exactly(self, node: Node) -> Checked:
         """Check a new node; an error found under placeholders counts only if true sizes confirm it."""
         try:
-            return self._check(node, self._specs, self._sizes(_FIRST_PRIME))
+            return self._check(node, self._specs, _FIRST_PRIME)
         except PellucidError:
             if not self.unsized:
                 raise
         self.resolve()
-        return self._check(node, self._specs, self._sizes(_FIRST_PRIME))
+        return self._check(node, self._specs, _FIRST_PRIME)
 
-    def _check(self, node: Node, specs: Sequence[Spec], sizes: Sequence[tuple[int, int]]) -> Checked:
-        return check_node(node, specs, self.card, sizes, self._literal_specs)
+    def _check(self, node: Node, specs: Sequence[Spec], start: int) -> Checked:
+        first = self._first_step(node.region)
+        if first and node.op in (GET, SET):
+            node = replace(node, args=(replace(node.site, step=node.site.step + first), *node.args[1:]))
+        return check_node(node, specs, self.card, self.scene(node.region, start), self._literal_specs)
+
+    def _last_trace(self) -> int:
+        """Index of the trace begun last; values between the traces of a session are counted to it."""
+        if not self.regions:
+            raise RecordingError(
+                "a session's first value comes from a trace: open `with model.trace(prompt):` first",
+                where=users_line(),
+            )
+        return max(i for i, region in enumerate(self.regions) if isinstance(region, OpenTrace))
 
     # --- ending --------------------------------------------------------------------------------------------
 
-    def finish(self) -> tuple[Graph, Timeline]:
-        """The whole graph, and the order its nodes can run in.
+    def finish(self) -> tuple[Graph, Flat, Timeline]:
+        """The whole graph, the same written out step by step, and the order its nodes can run in.
 
         Raises:
-            GraphError: a write that cannot reach the model; ``where`` is the user's line.
+            GraphError: a write that cannot reach the model, or a body that does not fit one of its steps;
+                ``where`` is the user's line.
         """
         self.require_open()
         graph = self.graph()
         try:
             lint(graph)
-            return graph, timeline(graph, self.card, self._bounds)
+            flat = flatten(graph)
+            if len(flat.nodes) == len(self.nodes) and flat.origin == tuple(range(len(self.nodes))):
+                return graph, flat, timeline(flat, self.card, self._bounds)
+            return graph, flat, self._check_steps(flat)
         except PellucidError as error:
             raise self.at_users_line(error) from None
 
+    def _check_steps(self, flat: Flat) -> Timeline:
+        """Check bodies in each of their steps; as for one node, an error counts if true sizes confirm it."""
+        try:
+            return self._checked(flat)
+        except PellucidError:
+            if not self.unsized:
+                raise
+        self.resolve()
+        return self._checked(flat)
+
+    def _checked(self, flat: Flat) -> Timeline:
+        scenes = [self.scene(i) for i, region in enumerate(self.regions) if isinstance(region, OpenTrace)]
+        return check_flat(flat, self.card, scenes, self._literal_specs).timeline
+
     def graph(self) -> Graph:
         """The graph as written so far."""
-        invokes = tuple(prompt.invoke for prompt in self.prompts)
-        return Graph(self.model, (Trace(invokes),), tuple(self.nodes))
+        regions = tuple(r.region() if isinstance(r, OpenTrace) else r for r in self.regions)
+        return Graph(self.model, regions, tuple(self.nodes))
 
     def close(self, reason: str) -> None:
         """End the trace; ``reason`` says why its values cannot be used any more."""
@@ -284,6 +463,9 @@ class Recorder:
 
     def not_ready(self, value: object) -> ValueNotReadyError:
         """The error for asking for a value that is not there."""
+        if getattr(value, "_node", None) in self.lost:
+            reason = "has no value: the generation ended before its step"
+            return ValueNotReadyError(f"{value} {reason}", where=users_line())
         reason = self._closed or "does not exist before the block ends; .save() it and use it after the block"
         return ValueNotReadyError(f"{value} {reason}", where=users_line())
 
@@ -315,6 +497,14 @@ class Recorder:
             for axis, size in enumerate(spec.shape)
         ]
         return f"[{', '.join(sizes)}] {spec.dtype}"
+
+
+def session_of(owner: object) -> Session | None:
+    """The session of a model that this thread is in, between two of its traces."""
+    recorder = _ACTIVE.get()
+    if recorder is None or recorder.owner is not owner or recorder.region is not None:
+        return None
+    return recorder.session
 
 
 def active() -> Recorder:

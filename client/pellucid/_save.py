@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pellucid_shared.errors import GraphError
-from pellucid_shared.graph import SAVE
+from pellucid_shared.graph import SAVE, Each
 
 from ._backend import backend
-from ._call import graph_value, recorder_of
+from ._call import graph_value, recorder_of, values_in
 from ._lines import users_line
 from ._recorder import Recorder, active
+from ._steps import GrowingList, StepList
 from ._structure import Unread, wrapped
 from ._value import Value
 
@@ -24,7 +25,8 @@ def save(value: Any, name: str | None = None) -> Any:
         name: the name it comes back under; left out, ``saved_0``, ``saved_1``, ... in program order.
 
     Returns:
-        The value itself. After the block a tensor is a ``torch.Tensor`` where torch is installed, and
+        The value itself; in a body for several steps of generation a list, which then has an entry for each
+        step. After the block a tensor is a ``torch.Tensor`` where torch is installed, and
         behaves as a numpy array elsewhere; ``.value`` is the plain thing everywhere.
 
     Raises:
@@ -35,30 +37,52 @@ def save(value: Any, name: str | None = None) -> Any:
         value = value.read_all()
     recorder = recorder_of(value) or active()
     value = wrapped(value)
+    by_step = isinstance(recorder.here, Each) and not recorder.here.single
+    kept = StepList(recorder, repr(value)) if by_step else value
+    save_node(recorder, kept, graph_value(value, recorder), name)
+    return kept
+
+
+def save_node(recorder: Recorder, kept: Any, saved: Any, name: str | None) -> None:
+    """Record that ``saved`` comes back under a name and fills ``kept``."""
     chosen = f"saved_{len(recorder.saved)}" if name is None else name
     if not isinstance(chosen, str) or not chosen:
         raise GraphError(f"a saved name is a string, found {name!r:.60}", where=users_line())
     if chosen in recorder.save_names:
         raise GraphError(f"the name {chosen!r} is saved twice; names are unique", where=users_line())
-    saved = graph_value(value, recorder)
     node = recorder.add(SAVE, (saved,) if name is None else (saved, name))
-    recorder.saved[node] = value
+    recorder.saved[node] = kept
     recorder.save_names[chosen] = node
-    return value
 
 
 def fill(recorder: Recorder, results: Mapping[str, Any]) -> None:
-    """Give every saved value its result."""
+    """Give every saved value its result; a step that never ran has none."""
     for name, node in recorder.save_names.items():
-        _fill(recorder.saved[node], results[name])
+        if name in results:
+            _fill(recorder.saved[node], results[name])
+        else:
+            recorder.lost |= {value.ref(recorder).node for value in values_in(recorder.saved[node])}
 
 
 def _fill(value: Any, result: Any) -> None:
     if isinstance(value, Value):
         backend().fill(value, result)
+    elif isinstance(value, StepList | GrowingList):
+        value.fill([_plain(member) for member in result])
     elif isinstance(value, list | tuple):
         for member, part in zip(value, result, strict=True):
             _fill(member, part)
     elif isinstance(value, dict):
         for key, member in value.items():
             _fill(member, result[key])
+
+
+def _plain(result: Any) -> Any:
+    """A result as the plain thing it is: tensors (arrays where torch is absent), numbers, strings."""
+    if isinstance(result, list):
+        return [_plain(v) for v in result]
+    if isinstance(result, tuple):
+        return tuple(_plain(v) for v in result)
+    if isinstance(result, dict):
+        return {k: _plain(v) for k, v in result.items()}
+    return backend().plain(result)

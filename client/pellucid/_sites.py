@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace as replace_field
 from typing import Any, NoReturn
 
 from pellucid_shared.card import Fields, OpaqueLeaf, PlainLeaf, Structure, TensorLeaf, leaf_at
@@ -20,7 +21,7 @@ from pellucid_shared.errors import (
     ValueNotReadyError,
 )
 from pellucid_shared.graph import GET, SET
-from pellucid_shared.values import Site
+from pellucid_shared.values import RESULT, Site
 
 from ._call import graph_value, value_of
 from ._lines import users_line
@@ -166,8 +167,14 @@ def read(recorder: Recorder, module: str, kind: str) -> Any:
     Raises:
         SiteError: the module is never called.
     """
-    site = Site(module, kind, (), recorder.current_invoke())
+    site = _site(recorder, module, kind)
     return _read(recorder, site, _structure(recorder, site))
+
+
+def read_result(recorder: Recorder) -> Any:
+    """The ids that the generation ends with, [batch, prompt + new] int64."""
+    site = Site("", RESULT, (), recorder.current_invoke())
+    return value_of(recorder, recorder.add(GET, (site,)))
 
 
 def read_input(recorder: Recorder, module: str) -> Any:
@@ -178,7 +185,7 @@ def read_input(recorder: Recorder, module: str) -> Any:
 
 def replace(recorder: Recorder, module: str, kind: str, value: Any) -> None:
     """Assign to a module's output, or to all its arguments."""
-    site = Site(module, kind, (), recorder.current_invoke())
+    site = _site(recorder, module, kind)
     write(recorder, site, _structure(recorder, site), value)
 
 
@@ -225,7 +232,7 @@ def _read(recorder: Recorder, site: Site, structure: Structure) -> Any:
     recorder.require_open()
     if isinstance(structure, Items | Fields):
         found = SiteStructure(recorder, site, structure)
-        recorder.unread.setdefault((site.module, site.kind, site.invoke), weakref.WeakSet()).add(found)
+        recorder.unread.setdefault(_whole_site(recorder, site), weakref.WeakSet()).add(found)
         return found
     if isinstance(structure, TensorLeaf) and structure.shape is not None:
         return value_of(recorder, recorder.add(GET, (site,)))
@@ -240,9 +247,9 @@ def _write_tensor(recorder: Recorder, site: Site, value: Any) -> None:
         )
     if isinstance(value, Value) and recorder.shows(value.ref(recorder).node, site):
         return
-    for structure in list(recorder.unread.get((site.module, site.kind, site.invoke), ())):
+    for structure in list(recorder.unread.get(_whole_site(recorder, site), ())):
         structure.keep(site)  # names already taken keep what was there
-    recorder.last_set[site] = recorder.add(SET, (site, graph_value(value, recorder)))
+    recorder.last_set[recorder.trace_index(), site] = recorder.add(SET, (site, graph_value(value, recorder)))
 
 
 def _pairs(site: Site, structure: Items | Fields, value: Any) -> Iterator[tuple[int | str, Structure, Any]]:
@@ -271,11 +278,22 @@ def _pairs(site: Site, structure: Items | Fields, value: Any) -> Iterator[tuple[
         yield key, part, given[key]
 
 
+def _site(recorder: Recorder, module: str, kind: str) -> Site:
+    """The whole of a module's output or arguments, in the invoke and step that are being written."""
+    return Site(module, kind, (), recorder.current_invoke(), recorder.step_of(module))
+
+
+def _whole_site(recorder: Recorder, site: Site) -> tuple[Any, ...]:
+    return recorder.region, site.module, site.kind, site.invoke, site.step
+
+
 def _structure(recorder: Recorder, site: Site) -> Structure:
-    call = recorder.card.call_index.get((site.module, site.call))
+    seen = replace_field(site, step=recorder.phase_of(site.module))
+    call = recorder.card.call_at(seen)
     if call is None:
         try:
-            site_spec(site, recorder.card, [(1, 1)] * len(recorder.prompts))
+            assert recorder.region is not None
+            site_spec(seen, recorder.card, recorder.scene(recorder.region))
         except PellucidError as error:
             error.where = users_line()
             raise
@@ -284,7 +302,7 @@ def _structure(recorder: Recorder, site: Site) -> Structure:
 
 
 def _first_input(recorder: Recorder, module: str) -> tuple[Site, Structure]:
-    site = Site(module, "input", (), recorder.current_invoke())
+    site = _site(recorder, module, "input")
     structure = _structure(recorder, site)
     assert isinstance(structure, Items)
     args, kwargs = structure.items
@@ -294,11 +312,11 @@ def _first_input(recorder: Recorder, module: str) -> tuple[Site, Structure]:
     if not tops:
         raise SiteError(f"{module or 'the model'} is called without arguments", where=users_line())
     path, part = next(((p, s) for p, s in tops if isinstance(s, TensorLeaf)), tops[0])
-    return Site(module, "input", path, site.invoke), part
+    return replace_field(site, path=path), part
 
 
 def _inside(site: Site, key: int | str) -> Site:
-    return Site(site.module, site.kind, (*site.path, key), site.invoke, site.step, site.call)
+    return replace_field(site, path=(*site.path, key))
 
 
 def _whole(member: Any) -> Any:

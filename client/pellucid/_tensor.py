@@ -142,6 +142,9 @@ class TorchBackend:
             value.data = tensor
         value.value = value.detach()
 
+    def plain(self, result: Any) -> Any:
+        return _values.to_torch(result) if isinstance(result, WireTensor) else result
+
     def adopt(self, recorder: Recorder, target: Any) -> Any:
         if type(target) is not torch.Tensor or target.requires_grad:
             raise RecordingError(

@@ -2,32 +2,90 @@
 
 from __future__ import annotations
 
-from contextvars import Token
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pellucid_shared.errors import InputError, PellucidError, RecordingError
-from pellucid_shared.graph import Graph
+from pellucid_shared.graph import Generation, Graph
 
-from ._backend import backend
 from ._inputs import Prompt, prompt
-from ._later import TRACER, refuse
+from ._later import SESSION, TRACER, refuse
 from ._lines import at_users_line, users_line
-from ._recorder import Recorder, enter, leave
-from ._save import fill
+from ._recorder import Recorder
+from ._run import Run
+from ._sites import read_result
+from ._steps import GrowingList, Steps, StepsBody, advance
 from ._target import Target
-from ._warnings import warn_of_edits_that_show
 
 if TYPE_CHECKING:
     from ._model import LanguageModel
     from ._remote import Job
 
 
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """What a trace is asked to be: a generation, or one pass; ``seed`` is that of its random numbers."""
+
+    generation: Generation | None = None
+    seed: int = 0
+    progress: bool = True
+
+
+class Session:
+    """``with model.session() as s:`` several traces and generations that run as one job.
+
+    Values of one are used in the next without a download; saved names are filled where the session ends.
+
+    Attributes:
+        job: the job a server has for it; None for local runs and before the block ends.
+    """
+
+    def __init__(self, model: LanguageModel, target: Target, *, progress: bool) -> None:
+        self.run = Run(Recorder(model.name, target, model), progress)
+        self.run.recorder.session = self
+        self._model = model
+
+    @property
+    def job(self) -> Job | None:
+        return self.run.job
+
+    @property
+    def graph(self) -> Graph:
+        """The graph as written so far; after the block, what was run."""
+        return self.run.recorder.graph()
+
+    def trace(self, *inputs: Any, **options: Any) -> Tracer:
+        """The same as ``model.trace``, in this session."""
+        return self._model.trace(*inputs, **options)
+
+    def generate(self, *inputs: Any, **options: Any) -> Tracer:
+        """The same as ``model.generate``, in this session."""
+        return self._model.generate(*inputs, **options)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        refuse(SESSION, name, f"session.{name}")
+        raise AttributeError(f"a session has no {name!r}; it has trace(), generate(), graph and job")
+
+    def __enter__(self) -> Session:
+        self.run.enter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.run.leave(error)
+
+
 class Tracer:
-    """One trace.
+    """One trace: a forward pass, or a generation.
 
     Inside the block modules' sites are read and written, and values saved; at its end the graph is built
-    and run, and every saved name is filled. An exception inside the block passes, and nothing is sent.
+    and run, and every saved name is filled. An exception inside the block passes, and nothing is sent. In a
+    session the trace is one of several, and all of them run where the session ends.
 
     Attributes:
         job: the job a server has for it, also where it failed; None for local runs and before the block ends.
@@ -36,18 +94,52 @@ class Tracer:
     passes; the saved names then say that they have no value.
     """
 
-    def __init__(self, model: LanguageModel, target: Target, given: Prompt | None, *, progress: bool) -> None:
-        self._recorder = Recorder(model.name, target, model)
-        self._given = given
-        self._progress = progress
-        self._token: Token[Recorder | None] | None = None
-        self._mode: Any = None
-        self.job: Job | None = None
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: Target,
+        given: Prompt | None,
+        options: TraceOptions,
+        *,
+        session: Session | None = None,
+    ) -> None:
+        self._run = (
+            session.run if session is not None else Run(Recorder(model.name, target, model), options.progress)
+        )
+        self._recorder = self._run.recorder
+        self._own = session is None
+        self._given, self._options = given, options
+
+    @property
+    def job(self) -> Job | None:
+        return self._run.job
 
     @property
     def graph(self) -> Graph:
         """The graph as written so far; after the block, what was run."""
         return self._recorder.graph()
+
+    @property
+    def iter(self) -> Steps:
+        """Steps of the generation: ``with tracer.iter[1:3]:``, ``for step in tracer.iter[:]:``."""
+        return Steps(self._recorder)
+
+    def all(self) -> StepsBody:
+        """``with tracer.all():`` a body for every step of the generation; the same as ``iter[:]``."""
+        return self.iter[:]
+
+    def next(self, steps: int = 1) -> None:
+        """What follows in this invoke names the next step of the generation."""
+        advance(self._recorder, steps)
+
+    @property
+    def result(self) -> Any:
+        """The ids a generation ends with, prompt included, [batch, prompt + new] int64."""
+        return read_result(self._recorder)
+
+    def list(self) -> GrowingList:
+        """A list that bodies for several steps append to; save it to have it back."""
+        return GrowingList(self._recorder)
 
     def invoke(self, *inputs: Any) -> Invocation:
         """``with tracer.invoke(prompt):`` one input of the pass; the body sees only its rows and tokens.
@@ -71,18 +163,21 @@ class Tracer:
 
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"tracer.{name}")
-        raise AttributeError(f"a tracer has no {name!r}; it has invoke(), graph and job")
+        raise AttributeError(
+            f"a tracer has no {name!r}; it has invoke(), iter, next(), result, graph and job"
+        )
 
     def __enter__(self) -> Tracer:
-        self._token = enter(self._recorder)
+        if self._own:
+            self._run.enter()
         try:
-            if self._given is not None:
-                with at_users_line():
+            with at_users_line():
+                self._recorder.open_trace(self._options.generation, self._options.seed)
+                if self._given is not None:
                     self._recorder.invoke = self._recorder.add_prompt(self._given)
-            self._mode = backend().recording(self._recorder)
-            self._mode.__enter__()
-        except BaseException:
-            leave(self._token)
+        except BaseException as error:
+            if self._own:
+                self._run.leave(error)
             raise
         return self
 
@@ -92,50 +187,23 @@ class Tracer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._token is not None
-        self._mode.__exit__(kind, error, traceback)
-        leave(self._token)
         if error is None:
             with at_users_line():
-                self._run()
-        else:
-            self._fail(f"has no value: the block ended with {type(error).__name__}, so nothing was run")
+                self._require_input()
+        self._recorder.close_trace()
+        if self._own:
+            self._run.leave(error)
 
-    def _run(self) -> None:
-        recorder = self._recorder
-        recorder.invoke = None
-        try:
-            if not recorder.prompts:
-                raise InputError(
-                    "this trace has no input: give one to model.trace(prompt), or open "
-                    "`with tracer.invoke(prompt):`"
-                )
-            graph, timeline = recorder.finish()
-            warn_of_edits_that_show(recorder, timeline)
-            if recorder.saved:
-                results = recorder.target.run(
-                    graph,
-                    recorder.prompts,
-                    recorder.literals,
-                    progress=self._progress,
-                    started=self._started,
-                )
-                fill(recorder, results)
-        except PellucidError as error:
-            recorder.at_users_line(error)
-            self._fail(f"has no value: its job failed ({error})")
-            raise error from None  # torch's own traceback of a local run says nothing more
-        except BaseException as error:
-            self._fail(f"has no value: its run was ended by {type(error).__name__}")
-            raise
-        recorder.close("was not saved, so it is gone: .save() it inside the block")
-
-    def _started(self, job: Job) -> None:
-        self.job = job
-
-    def _fail(self, reason: str) -> None:
-        backend().release(self._recorder)
-        self._recorder.close(reason)
+    def _require_input(self) -> None:
+        trace = self._recorder.current_trace()
+        if not trace.prompts:
+            error = InputError(
+                "this trace has no input: give one to model.trace(prompt), or open "
+                "`with tracer.invoke(prompt):`"
+            )
+            if self._own:
+                self._run.leave(error)
+            raise error
 
 
 class Invocation:
@@ -155,6 +223,10 @@ class Invocation:
         with at_users_line():
             self._recorder.invoke = self._recorder.add_prompt(self._given)
         return self
+
+    def next(self, steps: int = 1) -> None:
+        """What follows in this body names the next step of the generation."""
+        advance(self._recorder, steps)
 
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"invoker.{name}")

@@ -22,6 +22,7 @@ from ._call import graph_value, value_of
 from ._later import MODEL, MODULE, refuse
 from ._lines import users_line
 from ._recorder import Recorder, active
+from ._steps import Steps, StepsBody, advance
 
 if TYPE_CHECKING:
     from ._model import LanguageModel
@@ -87,6 +88,24 @@ class Module:
         given = [graph_value(v, recorder) for v in args]
         named = {k: graph_value(v, recorder) for k, v in kwargs.items()}
         return value_of(recorder, recorder.add(APPLY, (ModuleRef(self.path), *given), named))
+
+    def next(self, steps: int = 1) -> Module:
+        """This module, whose sites name the next step of the generation from here on in the invoke.
+
+        Raises:
+            RecordingError: outside a generation, or past its last step.
+        """
+        advance(self._recorder(), steps, self.path)
+        return self
+
+    @property
+    def iter(self) -> Steps:
+        """Steps of the generation, as ``tracer.iter``."""
+        return Steps(self._recorder())
+
+    def all(self) -> StepsBody:
+        """``with module.all():`` a body for every step of the generation."""
+        return self.iter[:]
 
     def _recorder(self) -> Recorder:
         recorder = active()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-from pellucid_shared.graph import GET, SAVE
+from pellucid_shared.flat import Flat
+from pellucid_shared.graph import GET, Node
 from pellucid_shared.storage import Timeline
 from pellucid_shared.values import Site
 
@@ -25,26 +26,27 @@ def warn_of_first_row(recorder: Recorder, node: int, line: str) -> None:
         )
 
 
-def warn_of_edits_that_show(recorder: Recorder, found: Timeline) -> None:
+def warn_of_edits_that_show(recorder: Recorder, flat: Flat, found: Timeline) -> None:
     """A name saved before its site is edited in place comes back edited, as in PyTorch."""
-    for save in recorder.saved:
-        for read in recorder.nodes[save].refs():
+    edits = [i for i, roots in enumerate(found.effects) if any(root[0] == "site" for root in roots)]
+    for save in flat.saves if edits else ():
+        saved_at = recorder.lines[flat.origin[save]]
+        for read in flat.nodes[save].refs():
             roots = {root for root in found.roots[read] if root[0] == "site"}
-            for edit in range(save + 1, len(recorder.nodes)):
-                if roots & found.effects[edit] and recorder.lines[edit] != recorder.lines[save]:
+            for edit in edits:
+                edited_at = recorder.lines[flat.origin[edit]]
+                if edit > save and roots & found.effects[edit] and edited_at != saved_at:
                     _warn(
-                        f"{_site(recorder, read)} is saved here and edited in place at "
-                        f"{recorder.lines[edit]}: what comes back shows the edit. To keep the value from "
-                        "before it, save .clone() of it",
-                        recorder.lines[save],
+                        f"{_site(flat.nodes[read])} is saved here and edited in place at {edited_at}: what "
+                        "comes back shows the edit. To keep the value from before it, save .clone() of it",
+                        saved_at,
                     )
                     return
 
 
-def _site(recorder: Recorder, node: int) -> str:
-    assert recorder.nodes[node].op != SAVE
-    first = recorder.nodes[node].args[0]
-    return str(first) if isinstance(first, Site) else f"a view of a site ({recorder.nodes[node].op})"
+def _site(node: Node) -> str:
+    first = node.args[0]
+    return str(first) if isinstance(first, Site) else f"a view of a site ({node.op})"
 
 
 def _warn(message: str, line: str) -> None:

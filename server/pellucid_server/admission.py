@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pellucid_shared.check import check
+from pellucid_shared.check import check, require_room
 from pellucid_shared.errors import EmptyPromptError, InputError, RequestError
 from pellucid_shared.graph import Graph, Invoke, loads
 from pellucid_shared.lint import lint
@@ -44,10 +44,13 @@ def admit(graph: Graph, model: Model, tensors: Mapping[str, WireTensor]) -> Admi
     """Tokenize the inputs and check the graph against the model's card.
 
     Raises:
-        InputError: text for a model without tokenizer, ids out of the vocabulary, too many tokens.
+        InputError: text for a model without tokenizer, ids out of the vocabulary, more tokens than fit.
         GraphError: it does not fit; ``node`` names the node.
     """
-    inputs = tuple(tokenized(i, v, model) for i, v in enumerate(graph.regions[0].invokes))
+    invokes = [(trace, invoke) for trace in graph.traces for invoke in trace.invokes]
+    inputs = tuple(tokenized(i, invoke, model) for i, (_, invoke) in enumerate(invokes))
+    for index, ((trace, _), own) in enumerate(zip(invokes, inputs, strict=True)):
+        require_room(index, own.size[1], trace, model.card)
     sizes = [invoke.size for invoke in inputs]
     check(graph, model.card, sizes, {name: tensor.spec for name, tensor in tensors.items()})
     return Admitted(graph, inputs)
@@ -65,9 +68,6 @@ def tokenized(index: int, invoke: Invoke, model: Model) -> TokenizedInvoke:
             raise InputError(
                 f"token id {wrong} is not in the vocabulary of {card.id}, which has {card.vocab_size}"
             )
-    longest = max(map(len, rows))
-    if card.max_tokens is not None and longest > card.max_tokens:
-        raise InputError(f"invoke {index} has {longest} tokens; {card.id} takes at most {card.max_tokens}")
     return TokenizedInvoke(ids=rows, mask=invoke.mask)
 
 

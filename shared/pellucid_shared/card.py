@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .specs import TensorSpec
+from .values import Site
 
 Axis = Literal["batch", "tokens", "rows"]
 Size = int | Axis
@@ -171,6 +172,16 @@ class ModelCard(_Frozen):
     def call_index(self) -> dict[tuple[str, int], Call]:
         """(module path, call number) -> its call in the prefill phase."""
         return {(c.module, c.call): c for c in self.prefill}
+
+    @cached_property
+    def decode_index(self) -> dict[tuple[str, int], Call]:
+        """The same of a decode step."""
+        return {(c.module, c.call): c for c in self.decode}
+
+    def call_at(self, site: Site) -> Call | None:
+        """The call a site belongs to, in the phase of its step; None where there is none."""
+        index = self.decode_index if site.step else self.call_index
+        return index.get((site.module, site.call))
 
 
 def leaves(

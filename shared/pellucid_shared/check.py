@@ -11,27 +11,47 @@ from typing import Any
 
 from .apply import infer_apply
 from .card import ModelCard, OpaqueLeaf, PlainLeaf, TensorLeaf, leaf_at, leaves
-from .errors import GraphError, PellucidError, ShapeError, SiteError, UnknownModuleError, did_you_mean
-from .graph import APPLY, GET, SAVE, SET, Graph, Node
+from .errors import (
+    GraphError,
+    InputError,
+    PellucidError,
+    ShapeError,
+    SiteError,
+    UnknownModuleError,
+    did_you_mean,
+)
+from .flat import Flat, flatten, split
+from .graph import APPEND, APPLY, GET, LIST, SAVE, SET, Graph, Node
 from .ops import Cost, lookup
-from .specs import DTYPES, Spec, TensorSpec, is_floating, same_size
+from .regions import Trace
+from .specs import DTYPES, Dim, Spec, TensorSpec, is_floating, same_size
 from .storage import Timeline, timeline
-from .values import ModuleRef, Ref, Site, TensorRef, Value, substitute
+from .values import RESULT, ModuleRef, Ref, Site, TensorRef, Value, substitute
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Scene:
+    """What sites of one trace are seen in: the trace, and (batch, tokens) of each of its invokes."""
+
+    trace: Trace
+    sizes: Sequence[Size]
+
+
+@dataclass(frozen=True, slots=True)
 class Checked:
-    """What is known of a graph before it runs.
+    """What is known of a graph before it runs; positions are those of ``flat``.
 
     Attributes:
+        flat: the graph with its bodies written out.
         specs: per node, the spec of its value; None where it yields none.
         bound: per registry node, its arguments by parameter name, specs for tensors; else None.
         timeline: when each node can run, and on which storage.
         cost: of all nodes together, the model's own pass not counted.
     """
 
+    flat: Flat
     specs: tuple[Spec, ...]
     bound: tuple[dict[str, Any] | None, ...]
     timeline: Timeline
@@ -42,33 +62,42 @@ def check(graph: Graph, card: ModelCard, sizes: Sequence[Size], tensors: Mapping
     """Check a linted graph against a model.
 
     Args:
-        sizes: (batch, tokens) of each invoke, as its body sees them.
+        sizes: (batch, tokens) of each invoke of each trace, as its body sees them.
         tensors: specs of the literals in the safetensors part, by digest.
 
     Raises:
         GraphError: or one of its subclasses, with ``node`` set.
     """
+    flat = flatten(graph)
+    scenes = [Scene(t, s) for t, s in zip(flat.traces, split(flat, list(sizes)), strict=True)]
+    return check_flat(flat, card, scenes, tensors)
+
+
+def check_flat(
+    flat: Flat, card: ModelCard, scenes: Sequence[Scene], tensors: Mapping[str, TensorSpec]
+) -> Checked:
+    """The same of a graph that is flat already; one scene a trace."""
     specs: list[Spec] = []
     bounds: list[dict[str, Any] | None] = []
     flops = size = 0
-    for position, node in enumerate(graph.nodes):
+    for position, node in enumerate(flat.nodes):
         try:
-            spec, bound, cost = check_node(node, specs, card, sizes, tensors)
+            spec, bound, cost = check_node(node, specs, card, scenes[node.region], tensors)
         except PellucidError as error:
             if error.node is None:
-                error.node = position
+                error.node = flat.origin[position]
             raise
         specs.append(spec)
         bounds.append(bound)
         flops, size = flops + cost.flops, size + cost.bytes
-    return Checked(tuple(specs), tuple(bounds), timeline(graph, card, bounds), Cost(flops, size))
+    return Checked(flat, tuple(specs), tuple(bounds), timeline(flat, card, bounds), Cost(flops, size))
 
 
 def check_node(
     node: Node,
     specs: Sequence[Spec],
     card: ModelCard,
-    sizes: Sequence[Size],
+    scene: Scene,
     tensors: Mapping[str, TensorSpec],
 ) -> tuple[Spec, dict[str, Any] | None, Cost]:
     """Spec, bound arguments and cost of one node, given the specs of those before it."""
@@ -83,15 +112,17 @@ def check_node(
         return value
 
     if node.op == GET:
-        return site_spec(node.site, card, sizes), None, Cost(0, 0)
+        return site_spec(node.site, card, scene), None, Cost(0, 0)
     if node.op == SET:
-        target = site_spec(node.site, card, sizes)
+        target = site_spec(node.site, card, scene)
         _check_write(node.site, target, resolve(node.args[1]))
         return None, None, Cost(0, target.nbytes)
     args = [substitute(v, resolve) for v in node.args]
     kwargs = {k: substitute(v, resolve) for k, v in node.kwargs.items()}
     if node.op == SAVE:
         return None, None, Cost(0, _nbytes(args[0]))
+    if node.op in (LIST, APPEND):  # a flat graph has none; while one is written its length is nobody's
+        return [], None, Cost(0, 0)
     if node.op == APPLY:
         module = args[0]
         assert isinstance(module, ModuleRef)
@@ -104,13 +135,23 @@ def check_node(
     return result, bound, op.cost(bound, result)
 
 
+def require_room(index: int, tokens: int, trace: Trace, card: ModelCard) -> None:
+    """Raise InputError unless a prompt of so many tokens, and what the trace generates, fit the model."""
+    new = trace.generation.max_new_tokens if trace.generation else 0
+    if card.max_tokens is not None and tokens + max(0, new - 1) > card.max_tokens:
+        more = f" and is to get {new} more" if new else ""
+        raise InputError(
+            f"invoke {index} has {tokens} tokens{more}; {card.id} takes at most {card.max_tokens}"
+        )
+
+
 def known_module(path: str, card: ModelCard) -> None:
     """Raise UnknownModuleError, with the nearest paths, unless the model has this module."""
     if path not in card.module_index:
         raise UnknownModuleError(f"{card.id} has no module {path!r}.{did_you_mean(path, card.module_index)}")
 
 
-def site_spec(site: Site, card: ModelCard, sizes: Sequence[Size]) -> TensorSpec:
+def site_spec(site: Site, card: ModelCard, scene: Scene) -> TensorSpec:
     """The spec of the tensor at a site.
 
     Raises:
@@ -118,19 +159,22 @@ def site_spec(site: Site, card: ModelCard, sizes: Sequence[Size]) -> TensorSpec:
         SiteError: the module is not called, or not so often, or has no tensor there.
     """
     known_module(site.module, card)
-    call = card.call_index.get((site.module, site.call))
+    if site.kind == RESULT:
+        return _result_spec(site, scene)
+    if site.step and not card.decode:
+        raise SiteError(f"{card.id} does not generate step by step, so it has no {site}")
+    call = card.call_at(site)
     name = site.module or "the model"
     if call is None:
-        count = sum(c.module == site.module for c in card.prefill)
+        count = sum(c.module == site.module for c in (card.decode if site.step else card.prefill))
         if not count:
-            raise SiteError(
-                f"{name} is never called in a forward pass of {card.id}, so it has no {site.kind}"
-            )
+            what = "step of generation after the first" if site.step else "forward pass"
+            raise SiteError(f"{name} is never called in a {what} of {card.id}, so it has no {site.kind}")
         raise SiteError(f"{name} is called {count} times in a pass; call {site.call} was asked (from 0)")
     structure = call.structure(site.kind)
     found = leaf_at(structure, site.path)
     if isinstance(found, TensorLeaf):
-        spec = found.spec(*sizes[site.invoke])
+        spec = found.spec(*scene.sizes[site.invoke])
         if spec is None:
             raise SiteError(f"{site} has a shape that follows neither batch nor tokens; it cannot be used")
         return spec
@@ -145,6 +189,16 @@ def site_spec(site: Site, card: ModelCard, sizes: Sequence[Size]) -> TensorSpec:
     ]
     has = f"it has tensors at {', '.join(options)}" if options else "it has no tensors"
     raise SiteError(f"{site} is not a tensor of {name}'s {site.kind}; {has}")
+
+
+def _result_spec(site: Site, scene: Scene) -> TensorSpec:
+    """The ids of prompt and generated tokens; how many is known beforehand where nothing ends a row."""
+    batch, tokens = scene.sizes[site.invoke]
+    generation = scene.trace.generation
+    assert generation is not None
+    length = tokens + generation.max_new_tokens
+    ends = generation.eos_token_id != ()
+    return TensorSpec((batch, Dim(length) if ends else length), "int64")
 
 
 def _check_write(site: Site, spec: TensorSpec, value: Any) -> None:

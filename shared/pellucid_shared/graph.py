@@ -1,11 +1,13 @@
 """The intervention graph: nodes in program order, regions, and its one canonical JSON.
 
-A node's id is its position. Four op ids are the graph's own; every other is in the op registry:
+A node's id is its position. Six op ids are the graph's own; every other is in the op registry:
 
     site.get(site)                      read a tensor where the model makes it
     site.set(site, value)               replace it; yields nothing
     module.apply(module, *args, **kw)   call a module of the model out of order
     save(value[, "name"])               send a value, or a structure of values, back; yields nothing
+    list.new()                          an empty list
+    list.append(list, value)            lengthen it, in program order and step by step; yields nothing
 """
 
 from __future__ import annotations
@@ -19,6 +21,18 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .errors import GraphError, LimitError
+from .regions import (
+    Each,
+    Generation,
+    Invoke,
+    Region,
+    Trace,
+    bad,
+    decode_region,
+    encode_region,
+    json_object,
+    traces,
+)
 from .values import Ref, Site, TensorRef, Value, contains, decode, dumps, encode, refs
 
 VERSION = 1
@@ -29,7 +43,8 @@ _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRACKETS = re.compile(r"[\[\]{}]")
 
 GET, SET, APPLY, SAVE = "site.get", "site.set", "module.apply", "save"
-CORE_OPS = (GET, SET, APPLY, SAVE)
+LIST, APPEND = "list.new", "list.append"
+CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +70,11 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Invoke:
-    """One input of a trace: text, texts, or token ids.
-
-    Attributes:
-        input: a str, a list of str (a batch), a list of ids, or a list of lists of ids (a batch).
-        mask: optional attention mask, a list of lists of 0 and 1 beside a batch of ids of one length.
-    """
-
-    input: str | list[str] | list[int] | list[list[int]]
-    mask: list[list[int]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A region: one forward pass over its invokes."""
-
-    invokes: tuple[Invoke, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Graph:
     """A whole experiment: the model's name, regions, and nodes in program order."""
 
     model: str
-    regions: tuple[Trace, ...]
+    regions: tuple[Region, ...]
     nodes: tuple[Node, ...]
 
     def to_json(self) -> bytes:
@@ -92,7 +87,7 @@ class Graph:
             {
                 "version": VERSION,
                 "model": self.model,
-                "regions": [_encode_region(r) for r in self.regions],
+                "regions": [encode_region(r) for r in self.regions],
                 "nodes": [_encode_node(i, n) for i, n in enumerate(self.nodes)],
             }
         )
@@ -110,16 +105,16 @@ class Graph:
     @staticmethod
     def from_object(data: Any) -> Graph:
         """Read a graph from parsed JSON; raises as :meth:`from_json`."""
-        top = _object(data, "a graph", {"version", "model", "regions", "nodes"}, set())
+        top = json_object(data, "a graph", {"version", "model", "regions", "nodes"}, set())
         if top["version"] != VERSION or isinstance(top["version"], bool):
-            _bad(f"graph version {top['version']!r} is not known here; this reads version {VERSION}")
+            bad(f"graph version {top['version']!r} is not known here; this reads version {VERSION}")
         if not isinstance(top["model"], str) or not top["model"]:
-            _bad("a graph names its model")
+            bad("a graph names its model")
         if not isinstance(top["regions"], list) or not isinstance(top["nodes"], list):
-            _bad("regions and nodes are lists")
+            bad("regions and nodes are lists")
         return Graph(
             decode(top["model"]),
-            tuple(_decode_region(r) for r in top["regions"]),
+            tuple(decode_region(r) for r in top["regions"]),
             tuple(_decode_node(i, n) for i, n in enumerate(top["nodes"])),
         )
 
@@ -139,6 +134,16 @@ class Graph:
     def names_literals(self) -> bool:
         """Whether any node names a tensor of the request's safetensors part."""
         return any(contains(v, TensorRef) for n in self.nodes for v in (*n.args, *n.kwargs.values()))
+
+    @property
+    def traces(self) -> tuple[Trace, ...]:
+        """Its forward passes and generations, in order."""
+        return tuple(trace for _, trace in traces(self.regions))
+
+    def trace_of(self, region: int) -> int:
+        """Index among the regions of the trace that a region is, or stands in."""
+        found = self.regions[region]
+        return found.parent if isinstance(found, Each) else region
 
     def sites(self) -> dict[int, Site]:
         """Position of each node that touches a site -> that site."""
@@ -181,47 +186,6 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _encode_region(region: Trace) -> dict[str, Any]:
-    invokes = []
-    for invoke in region.invokes:
-        data: dict[str, Any] = {"input": invoke.input}
-        if invoke.mask is not None:
-            data["mask"] = invoke.mask
-        invokes.append(data)
-    return {"kind": "trace", "invokes": invokes}
-
-
-def _decode_region(data: Any) -> Trace:
-    top = _object(data, "a region", {"kind", "invokes"}, set())
-    if top["kind"] != "trace":
-        _bad(f"region kind {top['kind']!r} is not known here; known: trace")
-    if not isinstance(top["invokes"], list):
-        _bad("a trace's invokes are a list")
-    return Trace(tuple(_decode_invoke(i, v) for i, v in enumerate(top["invokes"])))
-
-
-def _decode_invoke(index: int, data: Any) -> Invoke:
-    top = _object(data, f"invoke {index}", {"input"}, {"mask"})
-    value = top["input"]
-    texts = isinstance(value, str) or (_list_of(value, str) and value)
-    ids = _list_of(value, int)
-    batch = isinstance(value, list) and bool(value) and all(_list_of(row, int) for row in value)
-    if not (texts or ids or batch):
-        _bad(f"invoke {index}: an input is a str, a list of str, ids, or a list of lists of ids")
-    mask = top.get("mask")
-    if "mask" in top:
-        rows_fit = (
-            batch
-            and isinstance(mask, list)
-            and len(mask) == len(value)
-            and all(_list_of(m, int) and len(m) == len(r) for m, r in zip(mask, value, strict=True))
-            and all(bit in (0, 1) for row in mask for bit in row)
-        )
-        if not rows_fit:
-            _bad(f"invoke {index}: a mask is rows of 0 and 1, as long as the rows of ids beside it")
-    return Invoke(decode(value), mask)
-
-
 def _encode_node(position: int, node: Node) -> dict[str, Any]:
     try:
         data: dict[str, Any] = {"op": node.op}
@@ -238,17 +202,17 @@ def _encode_node(position: int, node: Node) -> dict[str, Any]:
 
 def _decode_node(position: int, data: Any) -> Node:
     try:
-        top = _object(data, "a node", {"op"}, {"args", "kwargs", "region"})
+        top = json_object(data, "a node", {"op"}, {"args", "kwargs", "region"})
         op, args, kwargs = top["op"], top.get("args", []), top.get("kwargs", {})
         region = top.get("region", 0)
         if not isinstance(op, str) or not op:
-            _bad("a node's op is a name")
+            bad("a node's op is a name")
         if not isinstance(args, list) or not isinstance(kwargs, dict):
-            _bad("a node's args are a list and its kwargs an object")
+            bad("a node's args are a list and its kwargs an object")
         if not isinstance(region, int) or isinstance(region, bool) or region < 0:
-            _bad(f"a node's region is a position, found {region!r}")
+            bad(f"a node's region is a position, found {region!r}")
         if any(key in top and not top[key] for key in ("args", "kwargs", "region")):
-            _bad("a node leaves out what is empty")
+            bad("a node leaves out what is empty")
         return Node(
             decode(op),
             tuple(decode(v) for v in args),
@@ -257,20 +221,6 @@ def _decode_node(position: int, data: Any) -> Node:
         )
     except GraphError as error:
         raise type(error)(f"node {position}: {error.message}", node=position) from None
-
-
-def _object(data: Any, what: str, required: set[str], optional: set[str]) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        _bad(f"{what} is a JSON object, found {type(data).__name__}")
-    if missing := required - set(data):
-        _bad(f"{what} lacks {', '.join(sorted(missing))}")
-    if unknown := set(data) - required - optional:
-        _bad(f"{what} has no {', '.join(sorted(unknown))[:80]}")
-    return data
-
-
-def _list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -291,16 +241,16 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _bad(message: str) -> NoReturn:
-    raise GraphError(message)
-
-
 __all__ = [
+    "APPEND",
     "APPLY",
     "CORE_OPS",
     "GET",
+    "LIST",
     "SAVE",
     "SET",
+    "Each",
+    "Generation",
     "Graph",
     "Invoke",
     "Node",

@@ -7,27 +7,34 @@ from types import EllipsisType
 from typing import Any, NoReturn
 
 from .errors import EmptyPromptError, GraphError, LimitError, PellucidError, SiteError
-from .graph import APPLY, CORE_OPS, GET, SAVE, SET, Graph, Invoke, Node
+from .graph import APPEND, APPLY, CORE_OPS, GET, LIST, SAVE, SET, Each, Graph, Invoke, Node, Trace
 from .ops import lookup
-from .values import KINDS, ModuleRef, Ref, Site, TensorRef, contains
+from .values import KINDS, RESULT, ModuleRef, Ref, Site, TensorRef, contains
 
 MAX_NODES = 100_000
 MAX_INVOKES = 1024
 MAX_ROWS = 4096
 MAX_NAME = 200
+MAX_REGIONS = 100_000
+#: Fewest and most arguments of the core ops that take a fixed number.
+ARITY = {GET: (1, 1), SET: (2, 2), SAVE: (1, 2), LIST: (0, 0), APPEND: (2, 2)}
 
 
 def lint(graph: Graph) -> None:
     """Check every invariant, in this order.
 
-    1. There is exactly one region, a trace, with 1 to 1024 invokes; no invoke is empty.
-    2. There are at most 100,000 nodes; each belongs to a region that exists.
+    1. The first region is a trace; a trace has 1 to 1024 invokes, none empty. An iter region stands in an
+       earlier trace that generates, and its steps are steps of it.
+    2. There are at most 100,000 nodes; each belongs to a region that exists; those of one iter region follow
+       each other.
     3. Each op is a core op or in the registry.
-    4. Each ref points to an earlier node, and to one that yields a value.
-    5. A site is the first argument of site.get and site.set and stands nowhere else; it names an invoke
-       that exists, a known kind, step 0 (a trace has one step).
+    4. Each ref points to an earlier node, and to one that yields a value. What a body for several steps
+       makes is used in that body alone; it leaves by save, by list.append, or by edits in place.
+    5. A site is the first argument of site.get and site.set and stands nowhere else; it names an invoke that
+       exists, a known kind, and a step of its trace. A result is the root's, and read alone.
     6. A module is the first argument of module.apply and stands nowhere else.
     7. Save names are strings, not empty, at most 200 characters, and unique.
+    8. A list stands only in list.append and in save.
 
     Raises:
         GraphError: the first invariant that does not hold; ``node`` names the node.
@@ -38,9 +45,14 @@ def lint(graph: Graph) -> None:
     if len(graph.nodes) > MAX_NODES:
         raise LimitError(f"the graph has {len(graph.nodes)} nodes; at most {MAX_NODES} are taken")
     names: set[str] = set()
+    left: set[int] = set()  # regions that other nodes have followed
     for position, node in enumerate(graph.nodes):
         try:
             _lint_node(graph, position, node)
+            if node.region in left and _repeats(graph, node.region):
+                _bad(f"the nodes of region {node.region} do not follow each other")
+            if position and graph.nodes[position - 1].region != node.region:
+                left.add(graph.nodes[position - 1].region)
             if node.op == SAVE:
                 name = node.args[1] if len(node.args) > 1 else f"saved_{len(names)}"
                 _lint_name(name, names)
@@ -50,15 +62,36 @@ def lint(graph: Graph) -> None:
 
 
 def _lint_regions(graph: Graph) -> None:
-    if len(graph.regions) != 1:
-        _bad(f"a graph has one region in this version, found {len(graph.regions)}")
-    for region in graph.regions:
+    if not graph.regions or not isinstance(graph.regions[0], Trace):
+        _bad("a graph's first region is a trace")
+    if len(graph.regions) > MAX_REGIONS:
+        raise LimitError(f"a graph takes at most {MAX_REGIONS} regions, found {len(graph.regions)}")
+    for index, region in enumerate(graph.regions):
+        if isinstance(region, Each):
+            _lint_each(graph, index, region)
+            continue
         if not region.invokes:
             _bad("a trace has at least one invoke")
         if len(region.invokes) > MAX_INVOKES:
             raise LimitError(f"a trace takes at most {MAX_INVOKES} invokes, found {len(region.invokes)}")
-        for index, invoke in enumerate(region.invokes):
-            _lint_invoke(index, invoke)
+        for number, invoke in enumerate(region.invokes):
+            _lint_invoke(number, invoke)
+
+
+def _lint_each(graph: Graph, index: int, region: Each) -> None:
+    parent = graph.regions[region.parent] if region.parent < index else None
+    if not isinstance(parent, Trace):
+        _bad(f"region {index} stands in region {region.parent}, which is no earlier trace")
+    if parent.generation is None:
+        _bad(f"region {index} is for steps of region {region.parent}, which does not generate")
+    if not isinstance(region.steps, slice):
+        wrong = [step for step in region.of(parent.steps) if not 0 <= step < parent.steps]
+        if wrong:
+            _bad(f"region {index} is for step {wrong[0]} of a generation of {parent.steps} steps (from 0)")
+    elif region.steps.step == 0:
+        _bad(f"region {index} is for a slice of steps with step 0")
+    if region.optional and not region.single:
+        _bad(f"region {index} is for several steps: that it is optional goes without saying")
 
 
 def _lint_invoke(index: int, invoke: Invoke) -> None:
@@ -76,13 +109,21 @@ def _lint_invoke(index: int, invoke: Invoke) -> None:
 def _lint_node(graph: Graph, position: int, node: Node) -> None:
     if node.op not in CORE_OPS:
         lookup(node.op)
-    if node.region >= len(graph.regions):
+    if not 0 <= node.region < len(graph.regions):
         _bad(f"{node.op} is in region {node.region}, and there are {len(graph.regions)}")
     for ref in node.refs():
         if ref >= position:
             _bad(f"{node.op} takes the value of node {ref}, which is not before it")
-        if graph.nodes[ref].op in (SET, SAVE):
-            _bad(f"{node.op} takes the value of node {ref}, a {graph.nodes[ref].op}, which yields none")
+        source = graph.nodes[ref]
+        if source.op in (SET, SAVE, APPEND):
+            _bad(f"{node.op} takes the value of node {ref}, a {source.op}, which yields none")
+        if source.op == LIST and node.op not in (APPEND, SAVE):
+            _bad(f"{node.op} takes the list of node {ref}; a list is appended to and saved")
+        if source.region != node.region and _repeats(graph, source.region):
+            _bad(
+                f"{node.op} takes the value of node {ref}, which a body for several steps makes in each; "
+                "append it to a list, or save it in the body"
+            )
     first: type | None = Site if node.op in (GET, SET) else ModuleRef if node.op == APPLY else None
     rest = node.args
     if first is not None:
@@ -97,20 +138,45 @@ def _lint_node(graph: Graph, position: int, node: Node) -> None:
 
 def _lint_core(graph: Graph, node: Node) -> None:
     if node.op in (GET, SET):
-        site, count = node.site, len(graph.regions[node.region].invokes)
-        if site.kind not in KINDS:
-            _bad(f"a site's kind is one of {', '.join(KINDS)}, found {site.kind!r}")
-        if site.invoke >= count:
-            raise SiteError(f"{site} is in invoke {site.invoke}, and the trace has {count}")
-        if site.step:
-            raise SiteError(f"{site} is at step {site.step}, and a trace has one step, 0")
-    arity = {GET: (1, 1), SET: (2, 2), SAVE: (1, 2)}.get(node.op)
+        _lint_site(graph, node)
+    arity = ARITY.get(node.op)
     if arity and not (arity[0] <= len(node.args) <= arity[1] and not node.kwargs):
         _bad(f"{node.op} takes {' or '.join(map(str, sorted(set(arity))))} arguments")
+    if node.op == APPEND and not (
+        isinstance(node.args[0], Ref) and graph.nodes[node.args[0].node].op == LIST
+    ):
+        _bad("list.append takes a list first")
     if node.op == SET and not isinstance(node.args[1], Ref | TensorRef | bool | int | float | complex):
         _bad("site.set takes a tensor or a number")
     if node.op == SAVE and contains(node.args[0], (slice, EllipsisType)):
         _bad("save takes tensors, numbers, strings, and lists, tuples and dicts of them")
+
+
+def _lint_site(graph: Graph, node: Node) -> None:
+    site, region = node.site, graph.regions[node.region]
+    trace = graph.regions[graph.trace_of(node.region)]
+    assert isinstance(trace, Trace)
+    count = len(trace.invokes)
+    if site.kind not in KINDS:
+        _bad(f"a site's kind is one of {', '.join(KINDS)}, found {site.kind!r}")
+    if site.invoke >= count:
+        raise SiteError(f"{site} is in invoke {site.invoke}, and the trace has {count}")
+    if site.kind == RESULT and (site != Site("", RESULT, invoke=site.invoke) or node.op == SET):
+        _bad("a trace's result is read, at the root, and has no parts")
+    if site.kind == RESULT and trace.generation is None:
+        _bad("a trace that does not generate has no result; read the model's output")
+    if not trace.generation and site.step:
+        raise SiteError(f"{site} is at step {site.step}, and a trace has one step, 0")
+    steps = region.of(trace.steps) if isinstance(region, Each) else [0]
+    if steps and max(steps) + site.step >= trace.steps:
+        raise SiteError(
+            f"{site} is at step {max(steps) + site.step}, and the generation has {trace.steps} (from 0)"
+        )
+
+
+def _repeats(graph: Graph, region: int) -> bool:
+    found = graph.regions[region]
+    return isinstance(found, Each) and not found.single
 
 
 def _lint_name(name: Any, taken: set[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .graph import APPLY, GET, SAVE, SET, Graph, Invoke, Node
+from .graph import APPEND, APPLY, GET, LIST, SAVE, SET, Each, Graph, Invoke, Node, Trace
+from .regions import GENERATION_OPTIONS, traces
 from .values import Device, DType, ModuleRef, Ref, Site, TensorRef, Value
 
 _INFIX = {
@@ -34,12 +35,49 @@ def show(graph: Graph) -> str:
         save(v0, 'saved_0')
     """
     names = graph.save_names()
-    lines = []
-    for region in graph.regions:
-        lines.append(f'trace "{graph.model}":')
-        lines += [f"    invoke {i}: {_invoke(v)}" for i, v in enumerate(region.invokes)]
-    lines += [f"    {_statement(i, n, names)}" for i, n in enumerate(graph.nodes)]
+    lines: list[str] = []
+    opened: set[int] = set()  # traces whose head is written
+    region = -1
+    for position, node in enumerate(graph.nodes):
+        trace = graph.trace_of(node.region)
+        if trace not in opened:
+            lines += [
+                line
+                for i, _ in traces(graph.regions)
+                if i <= trace and i not in opened
+                for line in _head(graph, i)
+            ]
+            opened |= set(range(trace + 1))
+        found = graph.regions[node.region]
+        if isinstance(found, Each) and node.region != region:
+            lines.append(f"    for each step of {_steps(found)}:")
+        region = node.region
+        indent = "        " if isinstance(found, Each) else "    "
+        lines.append(indent + _statement(position, node, names))
+    lines += [line for i, _ in traces(graph.regions) if i not in opened for line in _head(graph, i)]
     return "\n".join(lines) + "\n"
+
+
+def _head(graph: Graph, index: int) -> list[str]:
+    trace = graph.regions[index]
+    assert isinstance(trace, Trace)
+    if trace.generation is None:
+        what = "trace"
+    else:
+        given = {f: getattr(trace.generation, f) for f in GENERATION_OPTIONS}
+        options = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        what = f"generate({options})"
+    seed = f", seed {trace.seed}" if trace.seed else ""
+    return [
+        f'{what} "{graph.model}"{seed}:',
+        *(f"    invoke {i}: {_invoke(v)}" for i, v in enumerate(trace.invokes)),
+    ]
+
+
+def _steps(each: Each) -> str:
+    if isinstance(each.steps, slice):
+        return _slice(each.steps)
+    return f"{each.steps}{' if it runs' if each.optional else ''}"
 
 
 def _invoke(invoke: Invoke) -> str:
@@ -55,6 +93,10 @@ def _statement(position: int, node: Node, names: dict[int, str]) -> str:
         return f"{node.site} = {_text(node.args[1])}"
     if node.op == SAVE:
         return f"save({_text(node.args[0])}, {names[position]!r})"
+    if node.op == LIST:
+        return f"v{position} = []"
+    if node.op == APPEND:
+        return f"{_text(node.args[0])}.append({_text(node.args[1])})"
     if node.op == "setitem" and len(node.args) == 3:
         base, index, value = node.args
         return f"{_text(base)}[{_index(index)}] = {_text(value)}; v{position} = {_text(base)}"

@@ -1,24 +1,22 @@
-"""Which values may share storage, and when each node can run: the ground of ordering and of versions.
-
-A *clock* position is an event of the model's pass as the card numbers them; -1 is before the pass. Where the
-invokes of a trace cannot share one pass they run one after another, and invoke i's clock starts where
-invoke i-1's ended.
-"""
+"""Which values may share storage, and when each node can run: the ground of ordering and of versions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .apply import returns_its_input
 from .card import ModelCard, TensorLeaf, leaf_at
+from .clock import Clock
 from .errors import OrderError
-from .graph import APPLY, GET, SAVE, SET, Graph, Node
+from .flat import Flat
+from .graph import APPLY, GET, SAVE, SET, Node
 from .ops import Alias, lookup
-from .values import Ref, Site
+from .values import RESULT, Ref, Site
 
-#: A storage: ("node", position) for what a node allocates, ("site", invoke, object) for the model's own.
+#: A storage: ("node", position) for what a node allocates, ("site", trace, invoke, step, object) for the
+#: model's own.
 Root = tuple[Any, ...]
 
 
@@ -30,44 +28,44 @@ class Timeline:
         ready: per node, the clock position at which everything it needs exists.
         roots: per node, the storages its value may lie in.
         effects: per node, the storages it overwrites (in-place ops only, else empty).
-        packed: the invokes share one pass.
+        packed: per trace, whether its invokes share passes.
+        clock: what the positions in ``ready`` mean.
     """
 
     ready: tuple[int, ...]
     roots: tuple[frozenset[Root], ...]
     effects: tuple[frozenset[Root], ...]
-    packed: bool
+    packed: tuple[bool, ...]
+    clock: Clock
 
 
-def shares_pass(graph: Graph, card: ModelCard) -> bool:
-    """Whether all invokes of the trace can share one packed pass: the card certifies packing, and every
-    site the graph touches is a slice of its packed tensor."""
-    if len(graph.regions[0].invokes) == 1:
+def shares_pass(flat: Flat, trace: int, card: ModelCard) -> bool:
+    """Whether all invokes of a trace can share packed passes: the card certifies packing, and every site the
+    trace touches is a slice of its packed tensor."""
+    if len(flat.traces[trace].invokes) == 1:
         return True
-    leaves = (site_leaf(card, site) for site in graph.sites().values())
-    return card.packs and all(leaf is not None and leaf.packable() for leaf in leaves)
+    sites = (n.site for n in flat.nodes if n.op in (GET, SET) and n.region == trace)
+    return card.packs and all(_packable(card, site) for site in sites if site.kind != RESULT)
+
+
+def _packable(card: ModelCard, site: Site) -> bool:
+    prefill = site_leaf(card, replace(site, step=0))
+    if prefill is None or not prefill.packable():
+        return False
+    leaf = site_leaf(card, site) if site.step else prefill
+    if leaf is None or leaf.shape is None:
+        return False
+    return leaf is prefill or leaf.shape[:1] == ("batch",)
 
 
 def site_leaf(card: ModelCard, site: Site) -> TensorLeaf | None:
     """The card's leaf for a site, or None where there is none or it is no tensor."""
-    call = card.call_index.get((site.module, site.call))
+    call = card.call_at(site)
     leaf = call and leaf_at(call.structure(site.kind), site.path)
     return leaf if isinstance(leaf, TensorLeaf) else None
 
 
-def clock(card: ModelCard, site: Site, packed: bool) -> int:
-    """The position at which a site's event happens."""
-    call = card.call_index[(site.module, site.call)]
-    position = call.exit if site.kind == "output" else call.enter
-    return position if packed else position + site.invoke * pass_length(card)
-
-
-def pass_length(card: ModelCard) -> int:
-    """One more than the last position of one pass."""
-    return 1 + max((c.exit for c in card.prefill), default=0)
-
-
-def timeline(graph: Graph, card: ModelCard, bound: Sequence[dict[str, Any] | None]) -> Timeline:
+def timeline(flat: Flat, card: ModelCard, bound: Sequence[dict[str, Any] | None]) -> Timeline:
     """Order every node of a graph whose sites are known to exist.
 
     Args:
@@ -76,15 +74,16 @@ def timeline(graph: Graph, card: ModelCard, bound: Sequence[dict[str, Any] | Non
     Raises:
         OrderError: a write needs a value the model makes only later; names both.
     """
-    return _Builder(graph, card).build(bound)
+    return _Builder(flat, card).build(bound)
 
 
 class _Builder:
     """Walks the nodes in program order."""
 
-    def __init__(self, graph: Graph, card: ModelCard) -> None:
-        self.graph, self.card = graph, card
-        self.packed = shares_pass(graph, card)
+    def __init__(self, flat: Flat, card: ModelCard) -> None:
+        self.flat, self.card = flat, card
+        self.packed = tuple(shares_pass(flat, i, card) for i in range(len(flat.traces)))
+        self.clock = Clock(card, flat.traces, self.packed)
         self.ready: list[int] = []
         self.roots: list[frozenset[Root]] = []
         self.effects: list[frozenset[Root]] = []
@@ -94,7 +93,7 @@ class _Builder:
         self.last_edit: dict[Root, int] = {}  # storage -> the in-place op that made its latest version
 
     def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
-        for position, node in enumerate(self.graph.nodes):
+        for position, node in enumerate(self.flat.nodes):
             needs = set(node.refs())
             edits = {self.last_edit[root] for r in needs for root in self.roots[r] if root in self.last_edit}
             self.waits.append(needs | edits)
@@ -120,11 +119,11 @@ class _Builder:
             self.roots.append(roots)
             self.gets.append(gets)
             self.effects.append(edited)
-        return Timeline(tuple(self.ready), tuple(self.roots), tuple(self.effects), self.packed)
+        return Timeline(tuple(self.ready), tuple(self.roots), tuple(self.effects), self.packed, self.clock)
 
     def _site(self, position: int, node: Node, when: int) -> tuple[int, frozenset[Root], frozenset[int]]:
-        event = clock(self.card, node.site, self.packed)
-        site = _site_root(self.card, node.site)
+        event = self.clock.at(node.region, node.site)
+        site = _site_root(self.card, node.region, node.site)
         roots = frozenset([site])
         if node.op == GET:  # after a write it names the tensor written
             return event, roots | self.written.get(site, roots), frozenset([position])
@@ -135,25 +134,26 @@ class _Builder:
 
     def _edit_in_time(self, position: int, when: int, gets: frozenset[int]) -> None:
         for get in gets:
-            site = self.graph.nodes[get].site
-            if when > clock(self.card, site, self.packed):
+            node = self.flat.nodes[get]
+            site = node.site
+            if when > self.clock.at(node.region, site):
                 raise OrderError(
                     f"this edits {site} in place, but can run only after the model has moved on: it needs "
                     f"{self._latest(position)}. Edit a copy instead: take .clone() of the value first",
-                    node=position,
+                    node=self.flat.origin[position],
                 )
 
     def _too_late(self, position: int) -> OrderError:
         why = (
             ""
-            if self.packed
+            if self.packed[self.flat.nodes[position].region]
             else " (these invokes run one after another: they touch sites that cannot share a pass)"
         )
         return OrderError(
-            f"{self.graph.nodes[position].site} is written with a value that needs {self._latest(position)}, "
+            f"{self.flat.nodes[position].site} is written with a value that needs {self._latest(position)}, "
             f"which the model makes only later{why}. "
             "A write can use only what exists when the model reaches it",
-            node=position,
+            node=self.flat.origin[position],
         )
 
     def _latest(self, position: int) -> str:
@@ -164,17 +164,17 @@ class _Builder:
             for wait in self.waits[stack.pop()] - reached:
                 reached.add(wait)
                 stack.append(wait)
-                node = self.graph.nodes[wait]
+                node = self.flat.nodes[wait]
                 if node.op == GET and self.ready[wait] > best[0]:
                     best = (self.ready[wait], str(node.site))
         return best[1]
 
 
-def _site_root(card: ModelCard, site: Site) -> Root:
-    leaf = site_leaf(card, site)
+def _site_root(card: ModelCard, trace: int, site: Site) -> Root:
+    leaf = site_leaf(card, site) if site.kind != RESULT else None
     if leaf is not None and leaf.object is not None:
-        return ("site", site.invoke, leaf.object)
-    return ("site", site.invoke, site.module, site.kind, site.path, site.call)
+        return ("site", trace, site.invoke, site.step, leaf.object)
+    return ("site", trace, site.invoke, site.step, site.module, site.kind, site.path, site.call)
 
 
 def _aliased(node: Node, bound: dict[str, Any] | None) -> tuple[int | None, Alias]:

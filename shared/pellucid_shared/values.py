@@ -19,7 +19,9 @@ from .errors import GraphError
 from .specs import DTYPES
 
 INT_LIMIT = 2**63
-KINDS = ("output", "input")
+#: What a site may be: of a module, or the ids a generation ends with.
+RESULT = "result"
+KINDS = ("output", "input", RESULT)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _DEVICE = re.compile(r"(cpu|cuda|mps|meta)(:\d{1,3})?")
 
@@ -63,11 +65,11 @@ class Site:
 
     Attributes:
         module: module path as the card spells it; the root is "".
-        kind: "output" or "input".
+        kind: "output", "input", or "result": the ids of a whole generation, the root's alone.
         path: leaf path. Into the output structure (empty for a bare tensor), or for an input into
             ``(args, kwargs)``: ``(0, i)`` is positional argument i, ``(1, "name")`` a keyword argument.
         invoke: index of the invoke in its region.
-        step: step of generation; 0 is the prefill.
+        step: step of generation; 0 is the prefill. In an iter region it counts from the body's own step.
         call: which call of the module within the step.
     """
 

@@ -10,31 +10,36 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.check import Checked
-from pellucid_shared.graph import APPLY, GET, SAVE, SET, Graph, Node
-from pellucid_shared.storage import Root, pass_length
-from pellucid_shared.values import Ref, TensorRef
+from pellucid_shared.clock import Place
+from pellucid_shared.graph import APPLY, GET, SAVE, SET, Node
+from pellucid_shared.storage import Root
+from pellucid_shared.values import RESULT, Ref, TensorRef
 
 from . import emit
 from .liveness import needed_nodes
-from .plan import Event, Get, Instruction, Pass, Plan, Save, Set
+from .plan import Event, Get, Group, Instruction, Pass, Plan, Save, Set
 
 
-def compile_graph(graph: Graph, checked: Checked, card: ModelCard, runtime: emit.Runtime) -> Plan:
-    """The plan of a graph that passed ``check``; its instructions draw on ``runtime`` when they run."""
-    return _Compiler(graph, checked, card, runtime).plan()
+def compile_graph(checked: Checked, card: ModelCard, runtime: emit.Runtime) -> Plan:
+    """The plan of a checked graph; its instructions draw on ``runtime`` when they run."""
+    return _Compiler(checked, card, runtime).plan()
 
 
 class _Compiler:
-    def __init__(self, graph: Graph, checked: Checked, card: ModelCard, runtime: emit.Runtime) -> None:
-        self.graph, self.card, self.runtime = graph, card, runtime
+    def __init__(self, checked: Checked, card: ModelCard, runtime: emit.Runtime) -> None:
+        self.flat, self.card, self.runtime = checked.flat, card, runtime
         self.timeline = checked.timeline
-        self.needed = sorted(needed_nodes(graph, self.timeline))
+        self.needed = sorted(needed_nodes(self.flat, self.timeline))
         self.effects = [i for i in self.needed if self.timeline.effects[i]]
-        self.names = graph.save_names()
-        self.slots = len(graph.nodes)
+        self.editors: dict[Root, list[int]] = defaultdict(list)  # storage -> the in-place ops on it
+        for effect in self.effects:
+            for root in self.timeline.effects[effect]:
+                self.editors[root].append(effect)
+        self.slots = len(self.flat.nodes)
         self.literals: dict[str, int] = {}
         self.older: dict[tuple[int, int], int] = {}  # (reader, node it reads) -> slot of the version it wants
         self.copies: dict[int, list[tuple[int, int]]] = defaultdict(
@@ -45,51 +50,57 @@ class _Compiler:
         self._keep_older_versions()
         timed: list[tuple[int, int, Instruction]] = []  # (when, order within the event, instruction)
         for position in self.needed:
-            node, when = self.graph.nodes[position], self._when(position)
+            node, when = self.flat.nodes[position], self._when(position)
             timed += [(when, position, emit.copy(position, *pair)) for pair in self.copies[position]]
             # A save shows the last version, so it comes after everything else of its event.
-            late = len(self.graph.nodes) if node.op == SAVE else 0
+            late = len(self.flat.nodes) if node.op == SAVE else 0
             timed.append((when, position + late, self._instruction(position, node)))
         timed.sort(key=lambda entry: entry[:2])
         by_time: dict[int, list[Instruction]] = defaultdict(list)
         for (when, _, _), instruction in zip(timed, self._freeing([i for _, _, i in timed]), strict=True):
             by_time[when].append(instruction)
         before = tuple(by_time.pop(-1, ()))
-        return Plan(before, self._passes(by_time), self.slots, self.literals)
+        return Plan(self.flat, before, self._groups(by_time), self.slots, self.literals)
 
     # --- order and versions --------------------------------------------------------------------------------
 
     def _when(self, position: int) -> int:
         """When a node runs; a save waits for every edit of what it saves."""
         ready = self.timeline.ready
-        if self.graph.nodes[position].op != SAVE:
+        if self.flat.nodes[position].op != SAVE:
             return ready[position]
         return max([ready[position], *(ready[e] for e in self._edits_of(self._roots_read(position)))])
 
-    def _edits_of(self, roots: frozenset[Root]) -> list[int]:
-        return [e for e in self.effects if self.timeline.effects[e] & roots]
+    def _edits_of(self, roots: frozenset[Root]) -> set[int]:
+        return {e for root in roots for e in self.editors.get(root, ())}
 
     def _roots_read(self, position: int) -> frozenset[Root]:
         found: frozenset[Root] = frozenset()
-        return found.union(*(self.timeline.roots[r] for r in self.graph.nodes[position].refs()))
+        return found.union(*(self.timeline.roots[r] for r in self.flat.nodes[position].refs()))
 
     def _keep_older_versions(self) -> None:
         """Give each node that runs after an edit the program places behind it a copy of the older version."""
         ready = self.timeline.ready
+        readers: dict[int, list[int]] = defaultdict(list)
+        holders: dict[Root, list[int]] = defaultdict(list)  # storage -> nodes whose value may lie in it
+        for reader in self.needed:
+            for source in dict.fromkeys(self.flat.nodes[reader].refs()):
+                if not readers[source]:
+                    for root in self.timeline.roots[source]:
+                        holders[root].append(source)
+                if self.flat.nodes[reader].op != SAVE:
+                    readers[source].append(reader)
         for effect in sorted(self.effects, key=lambda e: (ready[e], e)):
-            copied: dict[int, int] = {}
-            for reader in self.needed:
-                node = self.graph.nodes[reader]
-                if reader >= effect or ready[reader] <= ready[effect] or node.op == SAVE:
-                    continue
-                for source in node.refs():
-                    shares = self.timeline.roots[source] & self.timeline.effects[effect]
-                    existed = (ready[source], source) < (ready[effect], effect)
-                    if shares and existed and (reader, source) not in self.older:
-                        if source not in copied:
-                            copied[source] = self._new_slot()
-                            self.copies[effect].append((source, copied[source]))
-                        self.older[reader, source] = copied[source]
+            sources = {s for root in self.timeline.effects[effect] for s in holders[root]}
+            for source in sorted(s for s in sources if (ready[s], s) < (ready[effect], effect)):
+                copied: int | None = None
+                for reader in readers[source]:
+                    late = reader < effect and ready[reader] > ready[effect]
+                    if late and (reader, source) not in self.older:
+                        if copied is None:
+                            copied = self._new_slot()
+                            self.copies[effect].append((source, copied))
+                        self.older[reader, source] = copied
 
     def _freeing(self, instructions: list[Instruction]) -> list[Instruction]:
         """The same instructions, each freeing the slots it is the last to read (or to fill in vain)."""
@@ -117,7 +128,7 @@ class _Compiler:
         if node.op == SAVE:
             value = emit.resolve(node.args[0], slot_of)
             shared = self._shares_memory(position)
-            return Save(position, self.names[position], emit.builder(value), shared, emit.reads(value))
+            return Save(position, self.flat.saves[position], emit.builder(value), shared, emit.reads(value))
         return emit.call(position, node, slot_of, self.runtime)
 
     def _slots_for(self, reader: int) -> Callable[[Ref | TensorRef], int]:
@@ -136,30 +147,65 @@ class _Compiler:
 
     def _shares_memory(self, save: int) -> bool:
         """Whether a saved tensor may share memory with the model's, a literal's, or another value's."""
-        roots = self._roots_read(save)
-        given = any(self.graph.nodes[i].op == SET and self._roots_read(i) & roots for i in self.needed)
-        refs = list(self.graph.nodes[save].refs())
-        return given or any(
-            self.graph.nodes[r].op == APPLY or self.timeline.roots[r] != {("node", r)} for r in refs
+        refs = list(self.flat.nodes[save].refs())
+        return bool(self.given & self._roots_read(save)) or any(
+            self.flat.nodes[r].op == APPLY or self.timeline.roots[r] != {("node", r)} for r in refs
         )
 
     # --- events --------------------------------------------------------------------------------------------
 
-    def _passes(self, by_time: Mapping[int, list[Instruction]]) -> tuple[Pass, ...]:
-        length = pass_length(self.card)
-        places = {}
-        for call in self.card.prefill:
-            places[call.enter] = (call.module, "input", call.call)
-            places[call.exit] = (call.module, "output", call.call)
-        groups: dict[int, list[Event]] = defaultdict(list)
+    def _groups(self, by_time: Mapping[int, list[Instruction]]) -> tuple[Group, ...]:
+        clock, packed = self.timeline.clock, self.timeline.packed
+        passes: dict[tuple[int, int], dict[int, list[Event]]] = defaultdict(lambda: defaultdict(list))
+        after: dict[int, list[Instruction]] = {}
         for when in sorted(by_time):
-            turn, within = (0, when) if self.timeline.packed else divmod(when, length)
-            groups[turn].append(Event(*places[within], False, tuple(by_time[when])))
-        everyone = tuple(range(len(self.graph.regions[0].invokes)))
-        return tuple(
-            Pass(
-                everyone if self.timeline.packed else (turn,),
-                (*events[:-1], replace(events[-1], last=True)),
-            )
-            for turn, events in groups.items()
-        )
+            place, instructions = clock.place(when), by_time[when]
+            if place.within < 0:
+                after[place.trace] = instructions
+                continue
+            event = self._event(place, instructions)
+            passes[place.trace, place.turn][place.step].append(event)
+        for trace, results in self._results().items():  # passes that only the result needs
+            for turn in {0} if packed[trace] else results:
+                passes.setdefault((trace, turn), defaultdict(list))
+        groups = []
+        for trace, turn in sorted(passes):
+            invokes = tuple(range(len(self.flat.traces[trace].invokes))) if packed[trace] else (turn,)
+            whole = bool(self._results().get(trace, set()) & set(invokes))
+            own = [Pass(step, tuple(events)) for step, events in sorted(passes[trace, turn].items())]
+            if own and not whole:
+                *others, final = own[-1].events
+                own[-1] = replace(own[-1], events=(*others, replace(final, last=True)))
+            ends = (trace, turn) == max(key for key in passes if key[0] == trace)
+            behind = tuple(after.get(trace, ())) if ends else ()
+            groups.append(Group(trace, invokes, tuple(own), whole, behind))
+        return tuple(groups)
+
+    def _event(self, place: Place, instructions: list[Instruction]) -> Event:
+        phase = self.places[bool(place.step)]
+        return Event(*phase[place.within], False, tuple(instructions))
+
+    def _results(self) -> dict[int, set[int]]:
+        """Trace -> the invokes whose result is needed."""
+        found: dict[int, set[int]] = defaultdict(set)
+        for position in self.needed:
+            node = self.flat.nodes[position]
+            if node.op == GET and node.site.kind == RESULT:
+                found[node.region].add(node.site.invoke)
+        return found
+
+    @cached_property
+    def given(self) -> frozenset[Root]:
+        """The storages of values that replace the model's own."""
+        found: frozenset[Root] = frozenset()
+        return found.union(*(self._roots_read(i) for i in self.needed if self.flat.nodes[i].op == SET))
+
+    @cached_property
+    def places(self) -> tuple[dict[int, tuple[str, str, int]], ...]:
+        """Of a prefill and of a decode step: position within the pass -> module, kind, and call."""
+        found: tuple[dict[int, tuple[str, str, int]], ...] = ({}, {})
+        for phase, calls in zip(found, (self.card.prefill, self.card.decode), strict=True):
+            for call in calls:
+                phase[call.enter] = (call.module, "input", call.call)
+                phase[call.exit] = (call.module, "output", call.call)
+        return found

@@ -19,12 +19,12 @@ class Runtime:
 
     Attributes:
         apply: ``apply(path, *args, **kwargs)`` calls a module of the model with the engine's hooks off.
-        generator: draws every random number of the run.
+        generators: per trace, what draws its random numbers.
         device: where tensors made out of nothing are put.
     """
 
     apply: Callable[..., Any]
-    generator: Any
+    generators: list[Any]
     device: Any
 
 
@@ -51,7 +51,7 @@ def call(position: int, node: Node, slot_of: Callable[[Ref | TensorRef], int], r
     if takes_device(node.op):
         function = _on_device(runtime, function)
     if lookup(node.op).random:
-        function = _with_generator(runtime, function)
+        function = _with_generator(runtime, node.region, function)
     return _instruction(position, function, args, kwargs)
 
 
@@ -96,5 +96,5 @@ def _on_device(runtime: Runtime, function: Callable[..., Any]) -> Callable[..., 
     return lambda *args, **kwargs: function(*args, **kwargs, device=runtime.device)
 
 
-def _with_generator(runtime: Runtime, function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: function(*args, **kwargs, generator=runtime.generator)
+def _with_generator(runtime: Runtime, trace: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **kwargs, generator=runtime.generators[trace])

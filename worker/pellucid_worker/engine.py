@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from pellucid_shared.card import ModelCard
-from pellucid_shared.check import check
+from pellucid_shared.check import check, require_room
 from pellucid_shared.errors import EmptyPromptError, InputError
+from pellucid_shared.flat import split
 from pellucid_shared.graph import Graph
 from pellucid_shared.lint import lint
 from pellucid_shared.packing import WireTensor
@@ -20,7 +21,7 @@ from pellucid_shared.wire import TokenizedInvoke
 from .compile import compile_graph
 from .emit import Runtime
 from .inputs import rows
-from .interleave import Run
+from .interleave import Notify, Run
 from .plan import Plan
 from .probe import probe
 from .tensors import from_wire
@@ -64,16 +65,16 @@ class Engine:
         inputs: Sequence[TokenizedInvoke],
         tensors: Mapping[str, WireTensor],
         *,
-        seed: int = 0,
         cancelled: threading.Event | None = None,
+        notify: Notify | None = None,
     ) -> dict[str, Any]:
         """Run a graph; waits for its turn.
 
         Args:
-            inputs: ids of each invoke.
+            inputs: ids of each invoke, trace after trace.
             tensors: the literals the graph names, by digest.
-            seed: of the generator every random op draws from.
-            cancelled: set it to end the run at the next touched site.
+            cancelled: set it to end the run at the next touched site or step.
+            notify: told of tokens as they are chosen; called in the thread that runs.
 
         Returns:
             Saved structures by name; tensors are on the CPU, contiguous, with memory of their own.
@@ -89,10 +90,11 @@ class Engine:
             plan, runtime = self._plan(graph, inputs, tensors)
             device = next(self.model.parameters()).device
             literals = {name: from_wire(tensors[name]).to(device) for name in plan.literals}
-            own = [rows(invoke, self._pad, device) for invoke in inputs]
-            run = Run(self.model, graph, plan, own, literals, cancelled)
+            own = list(split(plan.flat, [rows(invoke, self._pad, device) for invoke in inputs]))
+            samplers = [[_generator(device, t.seed) for _ in t.invokes] for t in plan.flat.traces]
+            run = Run(self.model, plan, own, literals, samplers, cancelled, notify)
             runtime.apply, runtime.device = run.apply, device
-            runtime.generator = torch.Generator(device).manual_seed(seed)
+            runtime.generators = [_generator(device, t.seed) for t in plan.flat.traces]
             try:
                 return run.execute()
             finally:
@@ -113,14 +115,15 @@ class Engine:
             lint(graph)
             checked = check(graph, self.card, sizes, {name: t.spec for name, t in tensors.items()})
             runtime = Runtime()
-            found = compile_graph(graph, checked, self.card, runtime), runtime
+            found = compile_graph(checked, self.card, runtime), runtime
         self._plans[key] = found
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)
         return found
 
     def _check_inputs(self, graph: Graph, inputs: Sequence[TokenizedInvoke]) -> None:
-        count = len(graph.regions[0].invokes) if graph.regions else 0
+        traces = [trace for trace in graph.traces for _ in trace.invokes]
+        count = len(traces)
         if count != len(inputs):
             raise InputError(f"the graph has {count} invokes and {len(inputs)} inputs were given")
         for index, invoke in enumerate(inputs):
@@ -134,8 +137,8 @@ class Engine:
                     f"token id {wrong} is not in the vocabulary of {self.card.id}, which has "
                     f"{self.card.vocab_size}"
                 )
-            if self.card.max_tokens is not None and invoke.size[1] > self.card.max_tokens:
-                raise InputError(
-                    f"invoke {index} has {invoke.size[1]} tokens; {self.card.id} takes at most "
-                    f"{self.card.max_tokens}"
-                )
+            require_room(index, invoke.size[1], traces[index], self.card)
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)

@@ -51,7 +51,7 @@ def alone(model: torch.nn.Module, own: Rows) -> dict[str, Any]:
     given: dict[str, Any] = {"input_ids": own.ids, "use_cache": False}
     if own.mask is not None:
         given |= {"attention_mask": own.mask, "position_ids": own.positions}
-    return _accepted(model, given)
+    return accepted(model, given)
 
 
 def packed(model: torch.nn.Module, invokes: Sequence[Rows]) -> tuple[dict[str, Any], list[Segment]]:
@@ -64,9 +64,10 @@ def packed(model: torch.nn.Module, invokes: Sequence[Rows]) -> tuple[dict[str, A
         start += batch * tokens
     ids = torch.cat([own.ids.reshape(-1) for own in invokes]).unsqueeze(0)
     positions = torch.cat([own.positions.reshape(-1) for own in invokes]).unsqueeze(0)
-    return _accepted(model, {"input_ids": ids, "position_ids": positions, "use_cache": False}), segments
+    return accepted(model, {"input_ids": ids, "position_ids": positions, "use_cache": False}), segments
 
 
-def _accepted(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+def accepted(model: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the model's forward takes."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in given.items() if name in known}

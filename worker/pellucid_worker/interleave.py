@@ -10,50 +10,71 @@ from typing import Any
 import torch
 
 from pellucid_shared.errors import ExecutionError, JobCancelledError, PellucidError, SiteError
-from pellucid_shared.graph import Graph
-from pellucid_shared.values import ModuleRef, Site
+from pellucid_shared.graph import GET, SAVE, SET
+from pellucid_shared.regions import Generation
+from pellucid_shared.values import RESULT, ModuleRef, Site
 
 from . import inputs, packed
+from .decode import Decoding
 from .inputs import Rows, Segment
-from .plan import Call, Event, Get, Instruction, Pass, Plan, Save, Set, Slots
-from .sites import PackedView, Privates, View, WholeView
+from .plan import Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots
+from .sites import PackedView, Privates, ResultView, View, WholeView
 
 
 class _StopPassError(BaseException):
     """Unwinds the forward once nothing more of it is needed; no model code can mistake it for its own."""
 
 
+class _Missing:
+    """In a slot: what would have been made at a step that never ran."""
+
+
+_MISSING = _Missing()
+
+#: Told of the run as it goes: "token" with the trace, the step, and each live invoke's new ids.
+Notify = Callable[[str, dict[str, Any]], None]
+
+
 class Run:
     """One execution of a plan on a model.
 
     Args:
-        rows: one per invoke.
+        rows: per trace, one per invoke.
         literals: the tensors the graph names, by digest.
-        cancelled: set from outside to end the run at the next touched site.
+        generators: per trace, one per invoke, for sampling.
+        cancelled: set from outside to end the run at the next touched site, or the next step.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        graph: Graph,
         plan: Plan,
-        rows: Sequence[Rows],
+        rows: Sequence[Sequence[Rows]],
         literals: Mapping[str, torch.Tensor],
+        generators: Sequence[Sequence[torch.Generator]],
         cancelled: threading.Event | None,
+        notify: Notify | None,
     ) -> None:
-        self._model, self._graph, self._plan, self._rows = model, graph, plan, rows
-        self._cancelled = cancelled
+        self._model, self._plan, self._rows = model, plan, rows
+        self._generators, self._cancelled, self._notify = generators, cancelled, notify
         self._slots: Slots = [None] * plan.slots
         for name, slot in plan.literals.items():
             self._slots[slot] = literals[name]
         self._muted = False
-        self._saved: dict[str, Any] = {}
+        self._ended: dict[tuple[int, int], int] = {}  # (trace, invoke) whose generation ended -> steps it had
+        self._results: dict[tuple[int, int], torch.Tensor] = {}
+        self._saved: dict[str, Any] = {to.name: [] for to in plan.flat.saves.values() if to.listed}
 
     def execute(self) -> dict[str, Any]:
         """Run every pass; what was saved, by name."""
         self._carry_out(self._plan.before, None)
-        for each in self._plan.passes:
-            self._run_pass(each)
+        for group in self._plan.groups:
+            trace = self._plan.flat.traces[group.trace]
+            if trace.generation is None:
+                self._run_pass(group)
+            else:
+                self._generate(group, trace.generation)
+            self._carry_out(group.after, ResultView(group.trace, self._results))
         return self._saved
 
     def apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -66,25 +87,56 @@ class Run:
 
     # --- passes --------------------------------------------------------------------------------------------
 
-    def _run_pass(self, each: Pass) -> None:
-        rows = [self._rows[i] for i in each.invokes]
-        if len(rows) == 1:
-            self._forward(each, inputs.alone(self._model, rows[0]), WholeView)
-            return
-        arguments, segments = inputs.packed(self._model, rows)
-        privates = Privates()
+    def _run_pass(self, group: Group) -> None:
+        rows = [self._rows[group.trace][i] for i in group.invokes]
+        for each in group.passes:
+            if len(rows) == 1:
+                self._forward(each, inputs.alone(self._model, rows[0]), WholeView)
+                continue
+            arguments, segments = inputs.packed(self._model, rows)
+            with packed.attention_by_segment(self._model, segments):
+                self._forward(each, arguments, _packed_view(dict(enumerate(segments))))
 
-        def view(value: Any) -> View:
-            return PackedView(value, segments, privates)
+    def _generate(self, group: Group, options: Generation) -> None:
+        """Decode until every invoke has ended, or nothing more is wanted."""
+        rows = [self._rows[group.trace][i] for i in group.invokes]
+        generators = [self._generators[group.trace][i] for i in group.invokes]
+        decoding = Decoding(self._model, rows, options, generators)
+        passes = {each.step: each for each in group.passes}
+        steps = options.max_new_tokens if group.whole else 1 + max(passes, default=-1)
+        for step in range(steps):
+            if not decoding.live:
+                break
+            self._require_wanted()
+            each = passes.pop(step, Pass(step, ()))
+            with decoding.step() as (arguments, segments):
+                live = [group.invokes[i] for i in decoding.live]
+                view = WholeView if segments is None else _packed_view(dict(zip(live, segments, strict=True)))
+                output = self._forward(each, arguments, view)
+            if output is None:  # stopped after the last site that anything needs
+                break
+            chosen = decoding.advance(output, segments)
+            self._tell_tokens(group, step, chosen)
+            for i in set(chosen) - set(decoding.live):
+                self._ended[group.trace, group.invokes[i]] = step + 1
+        for each in passes.values():  # steps that never ran
+            for event in each.events:
+                self._carry_out(event.instructions, None)
+        for i, invoke in enumerate(group.invokes):
+            self._results[group.trace, invoke] = decoding.result(i)
 
-        with packed.attention_by_segment(self._model, segments):
-            self._forward(each, arguments, view)
+    def _tell_tokens(self, group: Group, step: int, chosen: Mapping[int, torch.Tensor]) -> None:
+        if self._notify is not None and group.whole:
+            tokens = {group.invokes[i]: ids.tolist() for i, ids in chosen.items()}
+            self._notify("token", {"trace": group.trace, "step": step, "ids": tokens})
 
-    def _forward(self, each: Pass, arguments: dict[str, Any], view: Callable[[Any], View]) -> None:
+    def _forward(self, each: Pass, arguments: dict[str, Any], view: Callable[[Any], View]) -> Any:
+        """Run the model once with the pass's events; its output, or None where it was stopped early."""
         done: set[int] = set()
         handles = self._hook(each.events, view, done)
+        output = None
         try:
-            self._model(**arguments)
+            output = self._model(**arguments)
         except _StopPassError:
             pass
         except PellucidError:
@@ -95,6 +147,11 @@ class Run:
             for handle in handles:
                 handle.remove()
         self._require_all(each.events, done)
+        return output
+
+    def _require_wanted(self) -> None:
+        if self._cancelled is not None and self._cancelled.is_set():
+            raise JobCancelledError("the job was cancelled while it ran")
 
     def _hook(self, events: Sequence[Event], view: Callable[[Any], View], done: set[int]) -> list[Any]:
         by_module: dict[str, dict[tuple[str, int], Event]] = {}
@@ -134,8 +191,7 @@ class Run:
         return handles
 
     def _at(self, event: Event, view: View, done: set[int]) -> Any:
-        if self._cancelled is not None and self._cancelled.is_set():
-            raise JobCancelledError("the job was cancelled while it ran")
+        self._require_wanted()
         before = view.value
         self._carry_out(event.instructions, view)
         done.add(id(event))
@@ -150,7 +206,7 @@ class Run:
                 site = Site(event.module, event.kind, call=event.call)
                 raise SiteError(
                     f"{site} was not reached: {event.module or 'the model'} was not called so often",
-                    node=event.instructions[0].node,
+                    node=self._plan.flat.origin[event.instructions[0].node],
                 )
 
     # --- instructions --------------------------------------------------------------------------------------
@@ -160,6 +216,10 @@ class Run:
         instruction: Instruction | None = None
         try:
             for instruction in instructions:
+                if self._ended and self._is_missing(instruction):
+                    if isinstance(instruction, Call | Get):
+                        slots[instruction.out] = _MISSING
+                    continue
                 if type(instruction) is Call:
                     if instruction.build is None:
                         args = list(instruction.args)
@@ -176,25 +236,56 @@ class Run:
                     assert view is not None
                     view.set(instruction.site, instruction.build(slots), instruction.copied)
                 elif type(instruction) is Save:
-                    self._saved[instruction.name] = _taken(instruction.build(slots), instruction.shared)
+                    self._save(instruction)
                 for slot in instruction.frees:
                     slots[slot] = None
         except PellucidError as error:
             if error.node is None and instruction is not None:
-                error.node = instruction.node
+                error.node = self._plan.flat.origin[instruction.node]
             raise
         except Exception as error:
             assert instruction is not None
             raise self._failed(instruction, error) from error
 
+    def _is_missing(self, instruction: Instruction) -> bool:
+        """Whether an instruction belongs to a step that never ran; where that step had to run, an error."""
+        flat, position = self._plan.flat, instruction.node
+        node, optional = flat.nodes[position], position in flat.optional
+        if node.op in (GET, SET) and node.site.kind != RESULT:
+            had = self._ended.get((node.region, node.site.invoke))
+            if had is not None and node.site.step >= had:
+                if not optional:
+                    raise SiteError(f"{node.site} was not reached: the generation ended after {had} steps")
+                return True
+        if not any(self._slots[slot] is _MISSING for slot in instruction.reads):
+            return False
+        if node.op == SAVE and flat.saves[position].grown:
+            return False
+        if not optional:
+            raise SiteError(f"{node.op} needs a value of a step that never ran: the generation ended before")
+        return True
+
+    def _save(self, save: Save) -> None:
+        value = _taken(save.build(self._slots), save.shared)
+        if save.to.listed:
+            self._saved[save.to.name].append(value)
+        else:
+            self._saved[save.to.name] = value
+
     def _failed(self, instruction: Instruction, error: Exception) -> ExecutionError:
-        node = self._graph.nodes[instruction.node]
+        node = self._plan.flat.nodes[instruction.node]
         name = node.op
         if node.args and isinstance(node.args[0], Site | ModuleRef):
             name = str(node.args[0]) if isinstance(node.args[0], Site) else node.args[0].path
         met = [_describe(self._slots[slot]) for slot in instruction.reads]
         given = f" on {', '.join(met)}" if met else ""
-        return ExecutionError(f"{name} failed{given}: {_reason(error)}", node=instruction.node)
+        origin = self._plan.flat.origin[instruction.node]
+        return ExecutionError(f"{name} failed{given}: {_reason(error)}", node=origin)
+
+
+def _packed_view(segments: Mapping[int, Segment]) -> Callable[[Any], View]:
+    privates = Privates()
+    return lambda value: PackedView(value, segments, privates)
 
 
 def _taken(value: Any, shared: bool) -> Any:
@@ -204,8 +295,10 @@ def _taken(value: Any, shared: bool) -> Any:
         if value.device.type != "cpu":
             return value.cpu().contiguous()
         return value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
-    if isinstance(value, list):
-        return [_taken(v, shared) for v in value]
+    if isinstance(
+        value, list
+    ):  # of a list that grew step by step, what steps that never ran would add is left out
+        return [_taken(v, shared) for v in value if v is not _MISSING]
     if isinstance(value, tuple):
         return tuple(_taken(v, shared) for v in value)
     if isinstance(value, dict):
@@ -223,6 +316,3 @@ def _reason(error: Exception) -> str:
     """The first line of a cause, without the noise torch adds."""
     text = str(error).strip().split("\n", 1)[0]
     return text[:300] or type(error).__name__
-
-
-__all__ = ["Run", "Segment"]

@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-from pellucid_shared.graph import APPLY, GET, SAVE, SET, Graph
+from pellucid_shared.flat import Flat
+from pellucid_shared.graph import APPLY, GET, SAVE, SET
 from pellucid_shared.storage import Root, Timeline
 
 
-def needed_nodes(graph: Graph, timeline: Timeline) -> set[int]:
+def needed_nodes(flat: Flat, timeline: Timeline) -> set[int]:
     """Positions of the nodes that any save depends on.
 
     An in-place op is needed where a needed value may lie in the storage it overwrites. A write to the model
-    (a replacement, or an in-place op on a site's tensor) is needed where the same invoke reads a site
-    then or later.
+    (a replacement, or an in-place op on a site's tensor) is needed where the same invoke of the same trace
+    reads a site then or later.
     """
     needed: set[int] = set()
-    stack = [i for i, node in enumerate(graph.nodes) if node.op == SAVE]
+    stack = [i for i, node in enumerate(flat.nodes) if node.op == SAVE]
     roots: set[Root] = set()
-    reads: dict[int, int] = {}  # invoke -> the last clock position at which it reads
+    reads: dict[tuple[int, int], int] = {}  # (trace, invoke) -> the last clock position at which it reads
     while stack:
         while stack:
             position = stack.pop()
             if position in needed:
                 continue
             needed.add(position)
-            node = graph.nodes[position]
+            node = flat.nodes[position]
             stack.extend(node.refs())
             roots |= timeline.roots[position]
             if node.op == GET:
-                invoke, when = node.site.invoke, timeline.ready[position]
+                invoke, when = (node.region, node.site.invoke), timeline.ready[position]
                 reads[invoke] = max(when, reads.get(invoke, -1))
-        for position in range(len(graph.nodes)):
-            if position not in needed and _matters(graph, timeline, position, roots, reads):
+        for position in range(len(flat.nodes)):
+            if position not in needed and _matters(flat, timeline, position, roots, reads):
                 stack.append(position)
     return needed
 
 
 def _matters(
-    graph: Graph, timeline: Timeline, position: int, roots: set[Root], reads: dict[int, int]
+    flat: Flat, timeline: Timeline, position: int, roots: set[Root], reads: dict[tuple[int, int], int]
 ) -> bool:
-    node, when = graph.nodes[position], timeline.ready[position]
+    node, when = flat.nodes[position], timeline.ready[position]
     if node.op == SET:
-        return when <= reads.get(node.site.invoke, -1)
+        return when <= reads.get((node.region, node.site.invoke), -1)
     written = timeline.effects[position]
     if node.op in (GET, APPLY, SAVE) or not written:
         return False
     if written & roots:
         return True
-    return any(root[0] == "site" and when <= reads.get(root[1], -1) for root in written)
+    return any(root[0] == "site" and when <= reads.get(root[1:3], -1) for root in written)

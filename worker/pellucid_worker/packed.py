@@ -30,6 +30,7 @@ class _Layout:
     """What the attention function needs of the pass under way."""
 
     segments: Sequence[Segment]
+    caches: Sequence[Any]  # per segment: its own cache of keys and values, or None
     masks: Sequence[Any]  # per segment: a mask, None, or a dict of them by layer type
     implementation: str
 
@@ -38,11 +39,16 @@ _LAYOUT: ContextVar[_Layout] = ContextVar("pellucid_layout")
 
 
 @contextlib.contextmanager
-def attention_by_segment(model: torch.nn.Module, segments: Sequence[Segment]) -> Iterator[None]:
-    """Within this context the model's attention sees each segment alone."""
+def attention_by_segment(
+    model: torch.nn.Module, segments: Sequence[Segment], caches: Sequence[Any] | None = None
+) -> Iterator[None]:
+    """Within this context the model's attention sees each segment alone, behind what its cache holds of
+    earlier steps, which grows."""
     AttentionInterface.register(NAME, _attend)
     config: Any = model.config
-    layout = _Layout(segments, [_masks(model, s) for s in segments], config._attn_implementation)
+    kept = caches or [None] * len(segments)
+    masks = [_masks(model, s, c) for s, c in zip(segments, kept, strict=True)]
+    layout = _Layout(segments, kept, masks, config._attn_implementation)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(c, c._attn_implementation) for c in configs.values()]
     token = _LAYOUT.set(layout)
@@ -56,7 +62,7 @@ def attention_by_segment(model: torch.nn.Module, segments: Sequence[Segment]) ->
         _LAYOUT.reset(token)
 
 
-def _masks(model: torch.nn.Module, segment: Segment) -> Any:
+def _masks(model: torch.nn.Module, segment: Segment, cache: Any) -> Any:
     parameter = next(model.parameters())
     config: Any = model.config
     shape = (segment.batch, segment.tokens, 1)
@@ -64,7 +70,7 @@ def _masks(model: torch.nn.Module, segment: Segment) -> Any:
         config=config,
         inputs_embeds=torch.empty(shape, dtype=parameter.dtype, device=parameter.device),
         attention_mask=segment.mask,
-        past_key_values=None,
+        past_key_values=cache,
     )
 
 
@@ -80,9 +86,11 @@ def _attend(
     layout = _LAYOUT.get()
     function = _function(module, layout.implementation)
     parts = []
-    for segment, masks in zip(layout.segments, layout.masks, strict=True):
-        own = (_cut(x, segment) for x in (query, key, value))
-        output, _ = function(module, *own, _mask_of(module, masks), **kwargs)
+    for segment, cache, masks in zip(layout.segments, layout.caches, layout.masks, strict=True):
+        q, k, v = (_cut(x, segment) for x in (query, key, value))
+        if cache is not None:
+            k, v = cache.update(k, v, module.layer_idx)
+        output, _ = function(module, q, k, v, _mask_of(module, masks), **kwargs)
         parts.append(output.reshape(1, segment.stop - segment.start, *output.shape[2:]))
     return torch.cat(parts, dim=1), None
 

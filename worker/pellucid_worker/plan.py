@@ -1,7 +1,7 @@
 """What a compiled graph is: flat lists of instructions, one list for each event of the model's pass.
 
-A plan holds no tensors. Values live in slots: slot i is node i's, and behind the nodes' come those of the
-copies the compiler makes and of the literals the request brings.
+A plan holds no tensors. Values live in slots: slot i is that of the flat graph's node i, and behind those
+come the slots of the copies the compiler makes and of the literals the request brings.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pellucid_shared.flat import Flat, SaveTo
 from pellucid_shared.values import Site
 
 Slots = list[Any]
@@ -20,7 +21,7 @@ class Call:
     """Call ``function`` on arguments drawn from constants and slots; the result goes to slot ``out``.
 
     Attributes:
-        node: the graph node this carries out, for errors.
+        node: the node of the flat graph this carries out.
         args, kwargs: constants, with anything in place of what ``fills`` replaces.
         fills: (position in args, slot).
         build: makes (args, kwargs) from the slots where a plain fill does not do (nested or keyword refs).
@@ -65,10 +66,11 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Take a structure of slots out under a name; ``shared``: its tensors may lie in memory not their own."""
+    """Take a structure of slots out under a name, or as the next entry of the list of that name; ``shared``:
+    its tensors may lie in memory not their own."""
 
     node: int
-    name: str
+    to: SaveTo
     build: Callable[[Slots], Any]
     shared: bool
     reads: tuple[int, ...]
@@ -91,10 +93,29 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward pass: over all invokes together (packed), or over one."""
+    """One forward pass: a step of its group."""
 
-    invokes: tuple[int, ...]
+    step: int
     events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The passes of invokes that share them, or of one that has them to itself.
+
+    Attributes:
+        trace: number of the trace.
+        invokes: which of its invokes.
+        passes: those that carry out instructions, in order of their steps.
+        whole: what the generation ends with is wanted: it goes on after the last of ``passes``.
+        after: instructions that come behind all passes.
+    """
+
+    trace: int
+    invokes: tuple[int, ...]
+    passes: tuple[Pass, ...]
+    whole: bool
+    after: tuple[Instruction, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +123,15 @@ class Plan:
     """A compiled graph.
 
     Attributes:
+        flat: the graph it is made of.
         before: instructions that need no pass.
-        passes: the forward passes, in order; one that nothing needs is not there.
+        groups: the passes, in order; one that nothing needs is not there.
         slots: how many slots there are.
         literals: digest of each literal -> its slot.
     """
 
+    flat: Flat
     before: tuple[Instruction, ...]
-    passes: tuple[Pass, ...]
+    groups: tuple[Group, ...]
     slots: int
     literals: Mapping[str, int] = field(default_factory=dict)

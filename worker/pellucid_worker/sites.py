@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,24 @@ class WholeView:
         """Nothing is left to do: edits were made in the model's tensors."""
 
 
+class ResultView:
+    """What is there behind the passes of a trace: the ids each invoke's generation ended with."""
+
+    value: Any = None
+
+    def __init__(self, trace: int, results: Mapping[tuple[int, int], torch.Tensor]) -> None:
+        self._trace, self._results = trace, results
+
+    def get(self, site: Site, edited: bool) -> torch.Tensor:
+        return self._results[self._trace, site.invoke].clone()
+
+    def set(self, site: Site, value: Any, copied: bool) -> None:
+        raise AssertionError("a result is read alone")
+
+    def flush(self) -> None:
+        """Nothing was written."""
+
+
 class Privates:
     """The private tensors of the invokes of a packed pass, by the model's tensor they are part of.
 
@@ -71,7 +89,7 @@ class PackedView:
     """Several invokes share the pass: each gets a private contiguous tensor of its own rows and tokens, which
     is written back where its graph wrote it."""
 
-    def __init__(self, value: Any, segments: Sequence[Segment], privates: Privates) -> None:
+    def __init__(self, value: Any, segments: Mapping[int, Segment], privates: Privates) -> None:
         self.value = value
         self._segments, self._privates = segments, privates
         self._edited: dict[tuple[int | str, ...], set[int]] = {}

@@ -1,0 +1,247 @@
+"""The regions of a graph: what its nodes stand in, and how each is spelled in JSON.
+
+A trace is one forward pass, or one generation, over its invokes; a session has several. An ``Each`` is a
+body written once for several steps of a generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, TypeAlias
+
+from .errors import GraphError
+from .values import decode, encode
+
+MAX_NEW_TOKENS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Invoke:
+    """One input of a trace: text, texts, or token ids.
+
+    Attributes:
+        input: a str, a list of str (a batch), a list of ids, or a list of lists of ids (a batch).
+        mask: optional attention mask, a list of lists of 0 and 1 beside a batch of ids of one length.
+    """
+
+    input: str | list[str] | list[int] | list[list[int]]
+    mask: list[list[int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How a trace generates. What is None is as the model's own generation config says.
+
+    Attributes:
+        max_new_tokens: steps at most; step 0 is the prefill, each step gives one token.
+        min_new_tokens: no end-of-sequence token before so many.
+        do_sample: draw from the distribution; False takes the most probable token.
+        temperature, top_k, top_p, repetition_penalty: as in transformers.
+        eos_token_id: ids that end a row; empty: none does.
+        pad_token_id: what a row that has ended is filled with.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_id: tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+
+#: Options a user may give to ``generate``.
+GENERATION_OPTIONS = tuple(f.name for f in fields(Generation))
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One forward pass over its invokes, or a generation; ``seed`` is that of its random numbers."""
+
+    invokes: tuple[Invoke, ...]
+    generation: Generation | None = None
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many forward passes it has at most."""
+        return self.generation.max_new_tokens if self.generation else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """A body for some steps of the generation ``parent``; the step of a site inside counts from each.
+
+    Attributes:
+        parent: index of the trace it stands in.
+        steps: one step; several; or a slice of them. What is saved under one step is a plain value, under
+            several a list with an entry for each step that ran.
+        optional: one step that need not run: where the generation ends earlier, nothing is wrong.
+    """
+
+    parent: int
+    steps: int | list[int] | slice
+    optional: bool = False
+
+    @property
+    def single(self) -> bool:
+        return isinstance(self.steps, int)
+
+    def of(self, count: int) -> list[int]:
+        """The steps, of a generation of ``count`` steps, in order."""
+        if isinstance(self.steps, int):
+            return [self.steps]
+        return list(range(count))[self.steps] if isinstance(self.steps, slice) else list(self.steps)
+
+
+Region: TypeAlias = "Trace | Each"
+
+
+def encode_region(region: Region) -> dict[str, Any]:
+    """A region as JSON; what has its default value is left out."""
+    if isinstance(region, Each):
+        data: dict[str, Any] = {"kind": "iter", "parent": region.parent, "steps": encode(region.steps)}
+        return {**data, "optional": True} if region.optional else data
+    invokes = []
+    for invoke in region.invokes:
+        data = {"input": invoke.input}
+        if invoke.mask is not None:
+            data["mask"] = invoke.mask
+        invokes.append(data)
+    data = {"kind": "trace", "invokes": invokes}
+    if region.generation is not None:
+        given = ((f.name, getattr(region.generation, f.name)) for f in fields(Generation))
+        options = {name: value for name, value in given if value is not None}
+        data["generate"] = {k: list(v) if isinstance(v, tuple) else encode(v) for k, v in options.items()}
+    return {**data, "seed": region.seed} if region.seed else data
+
+
+def decode_region(data: Any) -> Region:
+    """The region that :func:`encode_region` spells so.
+
+    Raises:
+        GraphError: it is none.
+    """
+    if not isinstance(data, dict) or data.get("kind") not in ("trace", "iter"):
+        kind = data.get("kind") if isinstance(data, dict) else data
+        bad(f"region kind {kind!r:.60} is not known here; known: trace, iter")
+    if data["kind"] == "iter":
+        return _decode_each(data)
+    top = json_object(data, "a region", {"kind", "invokes"}, {"generate", "seed"})
+    if not isinstance(top["invokes"], list):
+        bad("a trace's invokes are a list")
+    invokes = tuple(_decode_invoke(i, v) for i, v in enumerate(top["invokes"]))
+    generation = _decode_generation(top["generate"]) if "generate" in top else None
+    seed = top.get("seed", 0)
+    if not _is_int(seed) or not 0 <= seed < 2**63 or ("seed" in top and not seed):
+        bad(f"a trace's seed is a whole number from 1 (0 is left out), found {seed!r:.60}")
+    return Trace(invokes, generation, seed)
+
+
+def traces(regions: tuple[Region, ...]) -> Iterator[tuple[int, Trace]]:
+    """(index, trace) of each trace, in order."""
+    return ((i, region) for i, region in enumerate(regions) if isinstance(region, Trace))
+
+
+def _decode_each(data: Any) -> Each:
+    top = json_object(data, "an iter region", {"kind", "parent", "steps"}, {"optional"})
+    parent, steps = top["parent"], decode(top["steps"])
+    if not _is_int(parent) or parent < 0:
+        bad(f"a region's parent is the position of a region, found {parent!r:.60}")
+    ints = isinstance(steps, list) and steps and all(_is_int(s) for s in steps)
+    if not (_is_int(steps) or ints or isinstance(steps, slice)):
+        bad(f"the steps of an iter region are a step, a list of them, or a slice, found {steps!r:.60}")
+    if top.get("optional", True) is not True:
+        bad("an iter region that is not optional leaves that out")
+    return Each(parent, steps, "optional" in top)
+
+
+def _decode_generation(data: Any) -> Generation:
+    options = json_object(data, "generate", {"max_new_tokens"}, set(GENERATION_OPTIONS))
+    return generation({k: decode(v) for k, v in options.items()})
+
+
+def generation(options: Mapping[str, Any]) -> Generation:
+    """The options of a generation, each checked.
+
+    Raises:
+        GraphError: unknown, of the wrong type, or out of bounds.
+    """
+    found = dict(options)
+    for name, (low, high, whole) in _BOUNDS.items():
+        value = found.get(name)
+        if value is None and name in found:
+            bad(f"{name} is left out where it is not given")
+        if value is None:
+            continue
+        fits = _is_int(value) if whole else (_is_int(value) or isinstance(value, float))
+        if not fits or not low <= value <= high:
+            bad(f"{name} is a {'whole ' if whole else ''}number from {low} to {high}, found {value!r:.60}")
+    if not isinstance(found.get("do_sample", False), bool):
+        bad(f"do_sample is True or False, found {found['do_sample']!r:.60}")
+    if "eos_token_id" in found:
+        ids = found["eos_token_id"]
+        if not isinstance(ids, list | tuple) or not all(_is_int(i) and i >= 0 for i in ids):
+            bad(f"eos_token_id is a list of token ids, found {ids!r:.60}")
+        found["eos_token_id"] = tuple(ids)
+    return Generation(**found)
+
+
+#: Number options: lowest, highest, and whether whole.
+_BOUNDS: dict[str, tuple[float, float, bool]] = {
+    "max_new_tokens": (1, MAX_NEW_TOKENS, True),
+    "min_new_tokens": (0, MAX_NEW_TOKENS, True),
+    "temperature": (1e-6, 1e6, False),
+    "top_k": (0, 2**31, True),
+    "top_p": (0, 1, False),
+    "repetition_penalty": (1e-6, 1e6, False),
+    "pad_token_id": (0, 2**31, True),
+}
+
+
+def _decode_invoke(index: int, data: Any) -> Invoke:
+    top = json_object(data, f"invoke {index}", {"input"}, {"mask"})
+    value = top["input"]
+    texts = isinstance(value, str) or (_list_of(value, str) and value)
+    ids = _list_of(value, int)
+    batch = isinstance(value, list) and bool(value) and all(_list_of(row, int) for row in value)
+    if not (texts or ids or batch):
+        bad(f"invoke {index}: an input is a str, a list of str, ids, or a list of lists of ids")
+    mask = top.get("mask")
+    if "mask" in top:
+        rows_fit = (
+            batch
+            and isinstance(mask, list)
+            and len(mask) == len(value)
+            and all(_list_of(m, int) and len(m) == len(r) for m, r in zip(mask, value, strict=True))
+            and all(bit in (0, 1) for row in mask for bit in row)
+        )
+        if not rows_fit:
+            bad(f"invoke {index}: a mask is rows of 0 and 1, as long as the rows of ids beside it")
+    return Invoke(decode(value), mask)
+
+
+def json_object(data: Any, what: str, required: set[str], optional: set[str]) -> dict[str, Any]:
+    """``data`` as an object that has the keys it must and none but those it may have."""
+    if not isinstance(data, dict):
+        bad(f"{what} is a JSON object, found {type(data).__name__}")
+    if missing := required - set(data):
+        bad(f"{what} lacks {', '.join(sorted(missing))}")
+    if unknown := set(data) - required - optional:
+        bad(f"{what} has no {', '.join(sorted(unknown))[:80]}")
+    return data
+
+
+def bad(message: str) -> NoReturn:
+    raise GraphError(message)
+
+
+def _list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
