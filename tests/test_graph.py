@@ -179,7 +179,7 @@ GET0 = Node(GET, (Site("h.0"),))
 @pytest.mark.parametrize(
     ("graph", "error", "message"),
     [
-        (Graph("m", (), ()), GraphError, "one region"),
+        (Graph("m", (), ()), GraphError, "first region is a trace"),
         (graph_of(invokes=()), GraphError, "at least one invoke"),
         (graph_of(invokes=(Invoke(""),)), EmptyPromptError, "invoke 0 is empty"),
         (graph_of(invokes=(Invoke("a"), Invoke([[1], []]))), EmptyPromptError, "invoke 1 is empty"),

@@ -174,6 +174,10 @@ class Recorder:
             )
         return self._trace(self.region)
 
+    def has_input(self) -> bool:
+        """Whether the trace that is being written has an input."""
+        return self.region is not None and bool(self._trace(self.region).prompts)
+
     def trace_index(self) -> int:
         """Index of the region of the trace that is being written."""
         return self.regions.index(self.current_trace())

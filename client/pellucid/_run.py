@@ -60,8 +60,8 @@ class Run:
         recorder = self.recorder
         try:
             graph, flat, timeline = recorder.finish()
-            warn_of_edits_that_show(recorder, flat, timeline)
             if recorder.saved:
+                warn_of_edits_that_show(recorder, flat, timeline)
                 results = recorder.target.run(
                     graph,
                     recorder.prompts,

@@ -187,23 +187,18 @@ class Tracer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None:
-            with at_users_line():
-                self._require_input()
+        missing = None
+        if error is None and not self._recorder.has_input():
+            missing = InputError(
+                "this trace has no input: give one to model.trace(prompt), or open "
+                "`with tracer.invoke(prompt):`",
+                where=users_line(),
+            )
         self._recorder.close_trace()
         if self._own:
-            self._run.leave(error)
-
-    def _require_input(self) -> None:
-        trace = self._recorder.current_trace()
-        if not trace.prompts:
-            error = InputError(
-                "this trace has no input: give one to model.trace(prompt), or open "
-                "`with tracer.invoke(prompt):`"
-            )
-            if self._own:
-                self._run.leave(error)
-            raise error
+            self._run.leave(error or missing)
+        if missing is not None:
+            raise missing
 
 
 class Invocation:
