@@ -7,7 +7,7 @@ older version, a copy is made just before the op, and that node reads the copy.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -34,6 +34,7 @@ class _Compiler:
         self.needed = sorted(needed_nodes(graph, self.timeline))
         self.effects = [i for i in self.needed if self.timeline.effects[i]]
         self.names = graph.save_names()
+        self.shown = Counter(r for save in self.names for r in graph.nodes[save].refs())
         self.slots = len(graph.nodes)
         self.literals: dict[str, int] = {}
         self.older: dict[tuple[int, int], int] = {}  # (reader, node it reads) -> slot of the version it wants
@@ -138,9 +139,9 @@ class _Compiler:
         """Whether a saved tensor may share memory with the model's, a literal's, or another value's."""
         roots = self._roots_read(save)
         given = any(self.graph.nodes[i].op == SET and self._roots_read(i) & roots for i in self.needed)
-        refs = list(self.graph.nodes[save].refs())
         return given or any(
-            self.graph.nodes[r].op == APPLY or self.timeline.roots[r] != {("node", r)} for r in refs
+            self.shown[r] > 1 or self.graph.nodes[r].op == APPLY or self.timeline.roots[r] != {("node", r)}
+            for r in self.graph.nodes[save].refs()
         )
 
     # --- events --------------------------------------------------------------------------------------------
