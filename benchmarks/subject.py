@@ -1,0 +1,108 @@
+"""What is measured: SmolLM2 in this process and behind `pellucid up`, each made on first use."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from measure import Figure
+
+if TYPE_CHECKING:
+    from pellucid import Graph, LanguageModel
+    from pellucid_worker.engine import Engine
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "deploy"))
+
+from demo import ServiceError, service  # noqa: E402
+from smollm2 import CannotGetModelError, folder  # noqa: E402
+
+__all__ = ["NAME", "PROMPT", "ROOT", "CannotGetModelError", "Measure", "ServiceError", "Subject", "graph_of"]
+
+NAME = "smollm2"
+PROMPT = "The Eiffel Tower is in the city of"
+
+
+class Subject:
+    """The model, its service, and how often to measure; a context that ends the service."""
+
+    def __init__(self, *, quick: bool) -> None:
+        self.quick = quick
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def repeats(self, count: int) -> int:
+        """How often to repeat what is repeated ``count`` times at leisure."""
+        return max(4, count // 4) if self.quick else count
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        return folder(lambda line: print(line, file=sys.stderr))
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        from pellucid_worker.loader import load
+
+        return load(self.folder, id=NAME)
+
+    @functools.cached_property
+    def ids(self) -> list[int]:
+        """The prompt's token ids."""
+        found: list[int] = self.engine.tokenizer(PROMPT)["input_ids"]
+        return found
+
+    @functools.cached_property
+    def local(self) -> LanguageModel:
+        """The engine's model as users have it in their process."""
+        from pellucid import LanguageModel
+
+        return LanguageModel(NAME, remote=False, model=self.engine.model, tokenizer=self.engine.tokenizer)
+
+    @functools.cached_property
+    def remote(self) -> LanguageModel:
+        """The same model behind `pellucid up`."""
+        from pellucid import LanguageModel
+
+        return LanguageModel(NAME, remote=self._service[0])
+
+    @property
+    def ready_seconds(self) -> float:
+        """From the start of `pellucid up` to the first 200 of /ready, asked ten times a second."""
+        return self._service[1]
+
+    @functools.cached_property
+    def _service(self) -> tuple[str, float]:
+        model = self.folder
+        start = time.monotonic()
+        with contextlib.redirect_stdout(io.StringIO()):  # how far loading is
+            url = self._open.enter_context(service(model))
+        return url, time.monotonic() - start
+
+
+def graph_of(model: LanguageModel, given: Any, write: Callable[[LanguageModel], object]) -> Graph:
+    """The graph that ``write`` records on ``model``; nothing is run."""
+    with contextlib.suppress(_WrittenError), model.trace(given) as tracer:
+        write(model)
+        raise _WrittenError
+    return tracer.graph
+
+
+class _WrittenError(Exception):
+    """Ends a trace without running it."""
+
+
+Measure = Callable[[Subject], Figure]
