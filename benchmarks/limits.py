@@ -63,7 +63,7 @@ ROWS = (
         "x",
         1.5,
         2.5,
-        "the worker is what limits, not its queue",
+        "the model limits, not the queue",
         1,
     ),
 )

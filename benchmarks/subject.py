@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from measure import Figure
 
+sys.path.append(str(Path(__file__).parent.parent / "deploy"))
+
+from demo import ServiceError, service
+from smollm2 import CannotGetModelError, folder
+
 if TYPE_CHECKING:
     from pellucid import Graph, LanguageModel
     from pellucid_worker.engine import Engine
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "deploy"))
-
-from demo import ServiceError, service  # noqa: E402
-from smollm2 import CannotGetModelError, folder  # noqa: E402
-
 __all__ = ["NAME", "PROMPT", "ROOT", "CannotGetModelError", "Measure", "ServiceError", "Subject", "graph_of"]
 
+ROOT = Path(__file__).parent.parent
 NAME = "smollm2"
 PROMPT = "The Eiffel Tower is in the city of"
 
