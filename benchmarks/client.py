@@ -54,7 +54,7 @@ def body(subject: Subject) -> Figure:
     def save_a_layer(model: LanguageModel) -> None:
         model.model.layers[10].output.save()
 
-    graph = graph_of(subject.local, PROMPT, save_a_layer)
+    graph = graph_of(subject.smollm2.model, PROMPT, save_a_layer)
     with _Counter() as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
@@ -96,8 +96,9 @@ def record(subject: Subject) -> Figure:
 
 
 def _trace(subject: Subject) -> Graph:
-    with subject.local.trace(subject.ids) as tracer:
-        hidden = subject.local.model.layers[10].output
+    model = subject.smollm2.model
+    with model.trace(subject.smollm2.ids) as tracer:
+        hidden = model.model.layers[10].output
         for _ in range(_ROUNDS):
             hidden = (hidden * 0.5 + 1).softmax(dim=-1)
             hidden[:, -1] = 0

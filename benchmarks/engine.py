@@ -11,20 +11,25 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measure import OWN, Figure, pairs, seconds
-from subject import Measure, Subject, graph_of
+from measure import OWN, Figure, Pairs, pairs, seconds
+from subject import Measure, Resident, Subject, graph_of
 
 from pellucid_shared.wire import TokenizedInvoke
 
 if TYPE_CHECKING:
     from pellucid import Graph, LanguageModel
+    from pellucid_worker.engine import Engine
 
-_PAIRS = 40
+_PAIRS, _TINY_PAIRS = 40, 120
 _EDITED = 25  # layers, at their output and at their MLP's: 50 edits
 _NEW_GRAPHS = 16
 
 #: Given a module's output, what goes on instead of it, or None.
 Hook = Callable[[torch.Tensor], torch.Tensor | None]
+#: Given where to put what is saved, the hooks by module path, in the order of the pass.
+Hooks = Callable[[list[torch.Tensor]], dict[str, Hook]]
+#: Writes an experiment inside a trace.
+Write = Callable[["LanguageModel"], object]
 
 
 class _EnoughError(BaseException):
@@ -108,42 +113,62 @@ def _fifty_edits_by_hand(saved: list[torch.Tensor]) -> dict[str, Hook]:
     return hooks | _best_token_by_hand(saved)
 
 
-def _beside_hooks(
-    write: Callable[[LanguageModel], object], hooks: Callable[[list[torch.Tensor]], dict[str, Hook]]
-) -> Measure:
+def _ratio(write: Write, hooks: Hooks) -> Measure:
+    """How many times as long the engine takes."""
+
     def measure(subject: Subject) -> Figure:
-        graph = graph_of(subject.local, subject.ids, write)
-        inputs = [TokenizedInvoke(ids=[subject.ids])]
-        saved: list[torch.Tensor] = []
-        mine = hooks(saved)
-
-        def hand() -> None:
-            saved.clear()
-            by_hand(subject.engine.model, subject.ids, mine, list(mine)[-1])
-
-        def engine() -> list[torch.Tensor]:
-            return list(subject.engine.run(graph, inputs, {}).values())
-
-        found = engine()
-        hand()
-        for ours, theirs in zip(found, saved, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-        return pairs(engine, hand, subject.repeats(_PAIRS), OWN).ratio()
+        return _beside_hooks(subject.smollm2, write, hooks, subject.repeats(_PAIRS)).ratio()
 
     return measure
+
+
+def _beside_hooks(resident: Resident, write: Write, hooks: Hooks, count: int) -> Pairs:
+    """A graph the engine has compiled, and the same by hand; both give the same bits."""
+    graph = graph_of(resident.model, resident.ids, write)
+    inputs = [TokenizedInvoke(ids=[resident.ids])]
+    saved: list[torch.Tensor] = []
+    mine = hooks(saved)
+
+    def hand() -> None:
+        saved.clear()
+        by_hand(resident.engine.model, resident.ids, mine, list(mine)[-1])
+
+    def engine() -> list[torch.Tensor]:
+        return list(resident.engine.run(graph, inputs, {}).values())
+
+    found = engine()
+    hand()
+    for ours, theirs in zip(found, saved, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    return pairs(engine, hand, count, OWN)
+
+
+# --- the engine's own time, on a model that hardly computes ------------------------------------------------
+
+
+def own_run(subject: Subject) -> Figure:
+    """Microseconds a run takes longer than by hand, one layer saved."""
+    taken = _beside_hooks(subject.tiny, _one_layer, _one_layer_by_hand, subject.repeats(_TINY_PAIRS))
+    return taken.difference(1e6)
+
+
+def own_edit(subject: Subject) -> Figure:
+    """Microseconds an edit takes longer than by hand: one of fifty, what a run takes included."""
+    taken = _beside_hooks(subject.tiny, _fifty_edits, _fifty_edits_by_hand, subject.repeats(_TINY_PAIRS))
+    return taken.difference(1e6 / (2 * _EDITED))
 
 
 # --- new graphs --------------------------------------------------------------------------------------------
 
 
-def _first_run(write: Callable[[LanguageModel], object]) -> Measure:
-    """What the first run of a graph takes longer than its second; each prompt makes a new graph."""
+def _first_run(write: Write) -> Measure:
+    """Milliseconds the first run of a graph takes longer than its second; each prompt makes a new graph."""
 
     def measure(subject: Subject) -> Figure:
-        count = subject.repeats(_NEW_GRAPHS)
-        prompts = [[*subject.ids[:-1], token] for token in range(1000, 1000 + count)]
-        graphs = [graph_of(subject.local, ids, write) for ids in prompts]
-        extra = [_extra(subject, graph, ids) for graph, ids in zip(graphs, prompts, strict=True)]
+        resident, count = subject.smollm2, subject.repeats(_NEW_GRAPHS)
+        prompts = [[*resident.ids[:-1], token] for token in range(1000, 1000 + count)]
+        graphs = [graph_of(resident.model, ids, write) for ids in prompts]
+        extra = [_extra(resident.engine, *each) for each in zip(graphs, prompts, strict=True)]
         return Figure.median(extra, f"{len(graphs[0].nodes)} nodes")
 
     return measure
@@ -153,19 +178,21 @@ def _first_layer(model: LanguageModel) -> None:
     model.model.layers[0].output.save()
 
 
-def _extra(subject: Subject, graph: Graph, ids: list[int]) -> float:
+def _extra(engine: Engine, graph: Graph, ids: list[int]) -> float:
     def run() -> None:
-        subject.engine.run(graph, [TokenizedInvoke(ids=[ids])], {})
+        engine.run(graph, [TokenizedInvoke(ids=[ids])], {})
 
     return 1e3 * (seconds(run, OWN) - seconds(run, OWN))
 
 
 MEASURES: dict[str, Measure] = {
-    "forward": _beside_hooks(_best_token, _best_token_by_hand),
-    "one-layer": _beside_hooks(_one_layer, _one_layer_by_hand),
-    "every-layer": _beside_hooks(_every_layer, _every_layer_by_hand),
-    "one-edit": _beside_hooks(_one_edit, _one_edit_by_hand),
-    "fifty-edits": _beside_hooks(_fifty_edits, _fifty_edits_by_hand),
+    "forward": _ratio(_best_token, _best_token_by_hand),
+    "one-layer": _ratio(_one_layer, _one_layer_by_hand),
+    "every-layer": _ratio(_every_layer, _every_layer_by_hand),
+    "one-edit": _ratio(_one_edit, _one_edit_by_hand),
+    "fifty-edits": _ratio(_fifty_edits, _fifty_edits_by_hand),
+    "own-run": own_run,
+    "own-edit": own_edit,
     "compile": _first_run(_first_layer),
     "compile-edits": _first_run(_fifty_edits),
 }

@@ -50,15 +50,15 @@ class Pairs:
         least = min(self.first) / min(self.second)
         return Figure.median(
             [a / b for a, b in zip(self.first, self.second, strict=True)],
-            f"{_ms(self.first)} / {_ms(self.second)} ms; least / least {least:.3f}",
+            f"{_ms(self.first)} / {_ms(self.second)} ms; of the least {least:.3f}",
         )
 
-    def difference(self) -> Figure:
-        """How many milliseconds the first takes longer."""
-        least = 1e3 * (min(self.first) - min(self.second))
+    def difference(self, unit: float = 1e3) -> Figure:
+        """How much longer the first takes: in milliseconds, or in what there are ``unit`` of in a second."""
+        least = unit * (min(self.first) - min(self.second))
         return Figure.median(
-            [1e3 * (a - b) for a, b in zip(self.first, self.second, strict=True)],
-            f"{_ms(self.first)} - {_ms(self.second)} ms; least - least {least:.1f}",
+            [unit * (a - b) for a, b in zip(self.first, self.second, strict=True)],
+            f"{_ms(self.first)} - {_ms(self.second)} ms; of the least {least:.1f}",
         )
 
 

@@ -28,7 +28,7 @@ def remote(subject: Subject) -> Figure:
             hidden = model.model.layers[10].output.save()
         assert hidden.shape[-1] == model.config.hidden_size
 
-    there, here = subject.remote, subject.local
+    there, here = subject.remote, subject.smollm2.model
     taken = pairs(
         lambda: save_a_layer(there), lambda: save_a_layer(here), subject.repeats(_TRIPS), WALL, warm=5
     )
@@ -37,7 +37,8 @@ def remote(subject: Subject) -> Figure:
 
 def eight(subject: Subject) -> Figure:
     """How many times as long eight jobs from eight threads take as eight passes in this process."""
-    model, bare, ids = subject.remote, subject.engine.model, torch.tensor([subject.ids])
+    model, bare = subject.remote, subject.smollm2.engine.model
+    ids = torch.tensor([subject.smollm2.ids])
 
     def job(_: int) -> None:
         with model.trace(PROMPT):

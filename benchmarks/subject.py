@@ -1,4 +1,4 @@
-"""What is measured: SmolLM2 in this process and behind `pellucid up`, each made on first use."""
+"""What is measured: SmolLM2 in this process and behind `pellucid up`, and a tiny model, made on first use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,22 @@ __all__ = ["NAME", "PROMPT", "ROOT", "CannotGetModelError", "Measure", "ServiceE
 ROOT = Path(__file__).parent.parent
 NAME = "smollm2"
 PROMPT = "The Eiffel Tower is in the city of"
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model in this process: its engine, the same weights as users have them, and a prompt's token ids."""
+
+    engine: Engine
+    model: LanguageModel
+    ids: list[int]
+
+
+def _resident(engine: Engine, ids: list[int]) -> Resident:
+    from pellucid import LanguageModel
+
+    model = LanguageModel(NAME, remote=False, model=engine.model, tokenizer=engine.tokenizer)
+    return Resident(engine, model, ids)
 
 
 class Subject:
@@ -54,27 +71,34 @@ class Subject:
         return folder(lambda line: print(line, file=sys.stderr))
 
     @functools.cached_property
-    def engine(self) -> Engine:
+    def smollm2(self) -> Resident:
+        """SmolLM2 and the prompt."""
         from pellucid_worker.loader import load
 
-        return load(self.folder, id=NAME)
+        engine = load(self.folder, id=NAME)
+        return _resident(engine, engine.tokenizer(PROMPT)["input_ids"])
 
     @functools.cached_property
-    def ids(self) -> list[int]:
-        """The prompt's token ids."""
-        found: list[int] = self.engine.tokenizer(PROMPT)["input_ids"]
-        return found
+    def tiny(self) -> Resident:
+        """As many layers as SmolLM2 has, so narrow that a pass is little more than Python's own time."""
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-    @functools.cached_property
-    def local(self) -> LanguageModel:
-        """The engine's model as users have it in their process."""
-        from pellucid import LanguageModel
+        from pellucid_worker.engine import Engine
 
-        return LanguageModel(NAME, remote=False, model=self.engine.model, tokenizer=self.engine.tokenizer)
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=4,
+            num_hidden_layers=30,
+            num_key_value_heads=4,
+            vocab_size=2000,
+        )
+        model = LlamaForCausalLM(config)
+        return _resident(Engine.from_model(model, id=NAME), list(range(1, 10)))
 
     @functools.cached_property
     def remote(self) -> LanguageModel:
-        """The same model behind `pellucid up`."""
+        """SmolLM2 behind `pellucid up`."""
         from pellucid import LanguageModel
 
         return LanguageModel(NAME, remote=self._service[0])
