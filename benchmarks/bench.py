@@ -34,7 +34,7 @@ MEASURES = client.MEASURES | engine.MEASURES | service.MEASURES
 def main(quick: bool, only: tuple[str, ...], install: bool, check: bool, write: bool) -> None:
     """Measure what Pellucid costs, side by side with what it is compared with."""
     torch.set_num_threads(1)
-    about = report.machine()
+    load = os.getloadavg()[0]
     figures: dict[Row, Figure | None] = {}
     try:
         with Subject(quick=quick) as subject:
@@ -48,6 +48,7 @@ def main(quick: bool, only: tuple[str, ...], install: bool, check: bool, write: 
                 figures[row] = MEASURES[row.key](subject)
     except (CannotGetModelError, ServiceError) as error:
         raise click.ClickException(str(error)) from None
+    about = report.machine(load)
     report.show(figures, about)
     if write:
         report.write(figures, about)

@@ -21,13 +21,13 @@ _HEADINGS = ("row", "measured", "aim", "limit", "quartiles", "repeats", "beside"
 _DECIMALS = {"x": 3, "s": 3, "ms": 1, "us": 0, "MB": 1, "bytes": 0}
 
 
-def machine() -> str:
-    """Processor, cores, load at the start, and the versions that matter."""
-    load = os.getloadavg()[0]
+def machine(load: float) -> str:
+    """Processor, cores, load at the start and now, and the versions that matter."""
+    now = os.getloadavg()[0]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "pellucid"))
     return (
-        f"{_processor()}, {os.cpu_count()} cores, load {load:.1f} at the start, one torch thread; "
-        f"Python {platform.python_version()}, {packages}"
+        f"{_processor()}, {os.cpu_count()} cores, load {load:.1f} at the start and {now:.1f} at the end, "
+        f"one torch thread; Python {platform.python_version()}, {packages}"
     )
 
 
