@@ -27,9 +27,10 @@ def binary() -> str:
 
 
 @contextlib.contextmanager
-def running_redis() -> Iterator[str]:
-    """Yields its URL, on a socket in a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="pellucid-") as folder:
+def running_redis(folder: str | None = None) -> Iterator[str]:
+    """Yields its URL, on a socket in ``folder``, or in one of its own. It is empty each time."""
+    with contextlib.ExitStack() as stack:
+        folder = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="pellucid-"))
         socket = f"{folder}/redis.sock"
         command = [binary(), "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

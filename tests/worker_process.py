@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import redis.asyncio
 from celery import Celery
 
+from pellucid_server.jobs import Jobs as GatewayJobs
 from pellucid_shared import keyspace
 from pellucid_shared.graph import Graph
 from pellucid_shared.packing import WireTensor, pack_tensors, unpack
@@ -83,6 +86,24 @@ class Desk:
         self.send(job)
         return job
 
+    def cancel(self, job: str) -> None:
+        """As the gateway does it."""
+
+        async def ask() -> None:
+            async with redis.asyncio.Redis.from_url(self.redis_url, decode_responses=True) as client:
+                await GatewayJobs(client, self.redis_url).cancel(job)
+
+        asyncio.run(ask())
+
+    def expire(self, job: str) -> None:
+        """Let the lease of a job run out now. A worker that is alive renews it within a second."""
+        self.redis.zadd(keyspace.LEASES, {job: 0})
+
+    def lease(self, job: str) -> float | None:
+        """When a job's lease runs out, in Unix seconds."""
+        found: float | None = self.redis.zscore(keyspace.LEASES, job)
+        return found
+
     def field(self, job: str, name: str) -> Any:
         text = self.redis.hget(keyspace.job(job), name)
         return json.loads(text) if text and name in ("times", "error", "result") else text
@@ -134,7 +155,14 @@ class WorkerProcess:
     def output(self) -> str:
         return self.log.read_text()
 
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
     def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal it, if it lives; its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(timeout=60)

@@ -282,7 +282,7 @@ class Recorder:
         Raises:
             RecordingError: the code stands between two bodies.
         """
-        self.require_open()
+        self.current_trace()
         if self.invoke is None:
             raise RecordingError(
                 "a site belongs to one input: read and write it under `with tracer.invoke(prompt):`",

@@ -44,16 +44,18 @@ def worker(deployment: str, dtype: str | None, revision: str | None, concurrency
 
 
 def _serve(name: str, source: str, dtype: str | None, revision: str | None, concurrency: int) -> int:
+    from .settings import Settings
+    from .store import Store
+
+    settings = Settings.from_env()  # what is wrong here is said before torch is imported, which takes seconds
+    client, store = settings.connect(), Store(settings.store_url)
+
     from .app import make_app, send, take_jobs
     from .heart import Heart
     from .jobs import Jobs
     from .register import Registration
     from .runner import Runner
-    from .settings import Settings
-    from .store import Store
 
-    settings = Settings.from_env()
-    client, store = settings.connect(), Store(settings.store_url)
     registration = Registration(client, name, source)
     registration.loading(0.0)
     try:

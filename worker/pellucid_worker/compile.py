@@ -7,7 +7,7 @@ older version, a copy is made just before the op, and that node reads the copy.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -39,6 +39,8 @@ class _Compiler:
         for effect in self.effects:
             for root in self.timeline.effects[effect]:
                 self.editors[root].append(effect)
+        saves = (self.flat.nodes[save] for save in self.flat.saves)
+        self.shown = Counter(ref for save in saves for ref in save.refs())
         self.slots = len(self.flat.nodes)
         self.literals: dict[str, int] = {}
         self.older: dict[tuple[int, int], int] = {}  # (reader, node it reads) -> slot of the version it wants
@@ -147,9 +149,9 @@ class _Compiler:
 
     def _shares_memory(self, save: int) -> bool:
         """Whether a saved tensor may share memory with the model's, a literal's, or another value's."""
-        refs = list(self.flat.nodes[save].refs())
         return bool(self.given & self._roots_read(save)) or any(
-            self.flat.nodes[r].op == APPLY or self.timeline.roots[r] != {("node", r)} for r in refs
+            self.shown[r] > 1 or self.flat.nodes[r].op == APPLY or self.timeline.roots[r] != {("node", r)}
+            for r in self.flat.nodes[save].refs()
         )
 
     # --- events --------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class Engine:
         sizes = tuple(invoke.size for invoke in inputs)
         key = (graph.sha256, sizes)
         found = self._plans.pop(key, None)
-        if found is None:
+        if found is None or not found[0].literals.keys() <= tensors.keys():
             lint(graph)
             checked = check(graph, self.card, sizes, {name: t.spec for name, t in tensors.items()})
             runtime = Runtime()
@@ -129,6 +129,10 @@ class Engine:
         for index, invoke in enumerate(inputs):
             if not invoke.ids or not all(invoke.ids):
                 raise EmptyPromptError(f"invoke {index} is empty: give it text or at least one token id")
+            if invoke.mask is not None and not _masks(invoke.mask, invoke.ids):
+                raise InputError(
+                    f"invoke {index}: a mask is rows of 0 and 1 with a 1 in each, as long as the rows of ids"
+                )
             worst = max(max(row) for row in invoke.ids)
             lowest = min(min(row) for row in invoke.ids)
             if worst >= self.card.vocab_size or lowest < 0:
@@ -142,3 +146,10 @@ class Engine:
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
+
+
+def _masks(mask: list[list[int]], ids: list[list[int]]) -> bool:
+    """Whether a mask fits its rows of ids."""
+    return [len(row) for row in mask] == [len(row) for row in ids] and all(
+        1 in row and set(row) <= {0, 1} for row in mask
+    )

@@ -81,7 +81,8 @@ class Run:
         """Call a module of the model with every hook of this run off."""
         self._muted = True
         try:
-            return self._model.get_submodule(path)(*args, **kwargs)
+            with packed.attention_of_its_own():
+                return self._model.get_submodule(path)(*args, **kwargs)
         finally:
             self._muted = False
 

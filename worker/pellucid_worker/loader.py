@@ -84,7 +84,10 @@ def _tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     with _quiet(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        found: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+        # Where its files are missing, transformers makes up one that knows special tokens only.
+        if set(found.get_vocab()) - set(found.all_special_tokens):
+            return found
     return None
 
 

@@ -33,9 +33,10 @@ class _Layout:
     caches: Sequence[Any]  # per segment: its own cache of keys and values, or None
     masks: Sequence[Any]  # per segment: a mask, None, or a dict of them by layer type
     implementation: str
+    configs: Sequence[tuple[Any, str]]  # every config of the model, and its own implementation
 
 
-_LAYOUT: ContextVar[_Layout] = ContextVar("pellucid_layout")
+_LAYOUT: ContextVar[_Layout | None] = ContextVar("pellucid_layout", default=None)
 
 
 @contextlib.contextmanager
@@ -48,18 +49,36 @@ def attention_by_segment(
     config: Any = model.config
     kept = caches or [None] * len(segments)
     masks = [_masks(model, s, c) for s, c in zip(segments, kept, strict=True)]
-    layout = _Layout(segments, kept, masks, config._attn_implementation)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(c, c._attn_implementation) for c in configs.values()]
-    token = _LAYOUT.set(layout)
+    own = [(c, c._attn_implementation) for c in configs.values()]
+    token = _LAYOUT.set(_Layout(segments, kept, masks, config._attn_implementation, own))
     try:
-        for each, _ in before:
-            each._attn_implementation = NAME
+        _use(own, NAME)
         yield
     finally:
-        for each, implementation in before:
-            each._attn_implementation = implementation
+        _use(own)
         _LAYOUT.reset(token)
+
+
+@contextlib.contextmanager
+def attention_of_its_own() -> Iterator[None]:
+    """Within this context, inside the other, the model's attention is what it is alone: for a module that is
+    called on one invoke's values."""
+    layout = _LAYOUT.get()
+    if layout is None:
+        yield
+        return
+    try:
+        _use(layout.configs)
+        yield
+    finally:
+        _use(layout.configs, NAME)
+
+
+def _use(configs: Sequence[tuple[Any, str]], name: str | None = None) -> None:
+    """Set an attention function in every config; by default each one's own."""
+    for config, own in configs:
+        config._attn_implementation = name or own
 
 
 def _masks(model: torch.nn.Module, segment: Segment, cache: Any) -> Any:
@@ -84,6 +103,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention over q, k, v [1, heads, sum, head_dim], cut by segment; gives [1, sum, heads, head_dim]."""
     layout = _LAYOUT.get()
+    assert layout is not None
     function = _function(module, layout.implementation)
     parts = []
     for segment, cache, masks in zip(layout.segments, layout.caches, layout.masks, strict=True):

@@ -64,7 +64,7 @@ def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: b
         prefill=prefill,
         decode=decode,
         has_tokenizer=has_tokenizer,
-        config=json.loads(config.to_json_string(use_diff=False)),
+        config=_config(model),
         versions=_versions(),
     )
 
@@ -215,14 +215,14 @@ def _certify_packing(model: torch.nn.Module) -> bool:
             return False
         with packed.attention_by_segment(model, segments):
             together = _logits(model(**arguments))
-        differences = []
+        agree = True
         for segment, rows_alone in zip(segments, own, strict=True):
             wanted = _logits(model(**alone(model, rows_alone)))
             found = together[0, segment.start : segment.stop].view_as(wanted)
-            differences.append(float((found - wanted).abs().max()))
+            agree &= float((found - wanted).abs().max()) <= _TOLERANCE.get(found.dtype, 1e-4)  # NaN is not
     except Exception:  # a model file may fail in any way on a packed row; then it does not pack
         return False
-    return max(differences) <= _TOLERANCE.get(together.dtype, 1e-4)
+    return agree
 
 
 def _logits(output: Any) -> torch.Tensor:
@@ -234,11 +234,11 @@ def _logits(output: Any) -> torch.Tensor:
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over config, versions, device kind, and of every tensor its name, shape and a sample of 1024
-    elements: enough to tell deployments apart, in milliseconds for a model of any size."""
-    config: Any = model.config
-    state = hashlib.sha256(config.to_json_string(use_diff=False).encode())
-    state.update(json.dumps(_versions(), sort_keys=True).encode())
+    """SHA-256 over config, attention function, versions, device kind, and of every tensor its name, shape and
+    a sample of 1024 elements: enough to tell deployments apart, in milliseconds for a model of any size."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    decisive = [_config(model), attention, _versions()]
+    state = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
         if tensor.device.type != "meta":
@@ -246,6 +246,14 @@ def _fingerprint(model: torch.nn.Module) -> str:
             sample = flat[:: max(1, flat.numel() // 1024)][:1024].cpu().contiguous()
             state.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
     return state.hexdigest()
+
+
+def _config(model: torch.nn.Module) -> dict[str, Any]:
+    """The config as JSON, without the place it was loaded from: the same model may lie elsewhere."""
+    config: Any = model.config
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    found.pop("_name_or_path", None)
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import redis
@@ -20,6 +21,9 @@ from .heart import Heart, Hold, Reason
 from .jobs import Claim, Jobs, Release
 from .store import Store
 from .tensors import structure_to_wire
+
+#: How often a job that waits its turn looks whether it should end.
+_LOOK_SECONDS = 0.2
 
 log = logging.getLogger("pellucid.worker")
 
@@ -81,15 +85,25 @@ class Runner:
     def _compute(self, claim: Claim, hold: Hold) -> ResultInfo:
         work = self._jobs.work(claim.job)
         graph = Graph.from_json(work.graph)
-        with self._turn:
-            if hold.ended.is_set():
-                raise JobCancelledError("the job was cancelled before it ran")
+        with self._in_turn(hold):
+            log.info("job %s runs, attempt %d", claim.job, claim.attempt)
             literals = self._literals(claim.job, graph)  # in turn: those of one job in memory at a time
             saved = self._engine.run(graph, work.inputs, literals, cancelled=hold.ended)
         data = pack(structure_to_wire(saved))
         key = keyspace.result(claim.job, claim.attempt)
         self._store.put(key, data)
         return ResultInfo(key=key, bytes=len(data), names=list(saved))
+
+    @contextlib.contextmanager
+    def _in_turn(self, hold: Hold) -> Iterator[None]:
+        """Wait for the engine; raises JobCancelledError as soon as the job should end instead."""
+        while not self._turn.acquire(timeout=_LOOK_SECONDS):
+            _not_ended(hold)
+        try:
+            _not_ended(hold)
+            yield
+        finally:
+            self._turn.release()
 
     def _literals(self, job: str, graph: Graph) -> dict[str, Any]:
         if not graph.names_literals():
@@ -115,3 +129,8 @@ class Runner:
             return
         self._jobs.cancelled(claim, error.to_problem())
         log.info("job %s was cancelled", claim.job)
+
+
+def _not_ended(hold: Hold) -> None:
+    if hold.ended.is_set():
+        raise JobCancelledError("the job was cancelled before it ran")

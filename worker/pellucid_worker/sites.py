@@ -24,7 +24,9 @@ class View(Protocol):
 
     def get(self, site: Site, edited: bool) -> torch.Tensor: ...
 
-    def set(self, site: Site, value: Any, copied: bool) -> None: ...
+    def set(self, site: Site, value: Any, copied: bool) -> None:
+        """``copied``: the value is edited once the model has moved on, so at ``flush`` the model gets a copy;
+        until then the two are one tensor."""
 
     def flush(self) -> None:
         """Make what was written reach the model."""
@@ -35,16 +37,22 @@ class WholeView:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+        self._copied: dict[tuple[int | str, ...], bool] = {}
 
     def get(self, site: Site, edited: bool) -> torch.Tensor:
         found: torch.Tensor = member(self.value, site.path)
         return found
 
     def set(self, site: Site, value: Any, copied: bool) -> None:
-        self.value = with_member(self.value, site.path, fitted(value, member(self.value, site.path), copied))
+        new = fitted(value, member(self.value, site.path))
+        self.value = with_member(self.value, site.path, new)
+        self._copied[site.path] = copied and new is value
 
     def flush(self) -> None:
-        """Nothing is left to do: edits were made in the model's tensors."""
+        """Edits were made in the model's tensors; only what is to be copied is left to do."""
+        for path, copied in self._copied.items():
+            if copied:
+                self.value = with_member(self.value, path, member(self.value, path).clone())
 
 
 class ResultView:
@@ -94,6 +102,7 @@ class PackedView:
         self._segments, self._privates = segments, privates
         self._edited: dict[tuple[int | str, ...], set[int]] = {}
         self._replaced: dict[tuple[int | str, ...], dict[int, torch.Tensor]] = {}
+        self._copied: dict[tuple[tuple[int | str, ...], int], bool] = {}
 
     def get(self, site: Site, edited: bool) -> torch.Tensor:
         replaced = self._replaced.get(site.path, {})
@@ -109,7 +118,9 @@ class PackedView:
 
     def set(self, site: Site, value: Any, copied: bool) -> None:
         present = part(member(self.value, site.path), self._segments[site.invoke])
-        self._replaced.setdefault(site.path, {})[site.invoke] = fitted(value, present, copied)
+        new = fitted(value, present)
+        self._replaced.setdefault(site.path, {})[site.invoke] = new
+        self._copied[site.path, site.invoke] = copied and new is value
 
     def flush(self) -> None:
         for path, invokes in self._edited.items():
@@ -123,7 +134,7 @@ class PackedView:
             own = self._privates.of(new)
             for invoke, value in values.items():
                 part(new, self._segments[invoke]).copy_(value)
-                own[invoke] = value
+                own[invoke] = value.clone() if self._copied[path, invoke] else value
             self.value = with_member(self.value, path, new)
 
 
@@ -136,14 +147,14 @@ def part(whole: torch.Tensor, segment: Segment) -> torch.Tensor:
     return whole[segment.start : segment.stop]
 
 
-def fitted(value: Any, present: torch.Tensor, copied: bool) -> torch.Tensor:
+def fitted(value: Any, present: torch.Tensor) -> torch.Tensor:
     """A replacement as the site takes it: a number fills, a tensor takes the site's dtype and device."""
     if not isinstance(value, torch.Tensor):
         return torch.full_like(present, value)
-    result = value.to(device=present.device, dtype=present.dtype)
+    result: torch.Tensor = value.to(device=present.device, dtype=present.dtype)
     if result.shape != present.shape:
         raise RuntimeError(f"the site has shape {list(present.shape)}, the value {list(result.shape)}")
-    return result.clone() if copied and result is value else result
+    return result
 
 
 def member(value: Any, path: tuple[int | str, ...]) -> Any:
