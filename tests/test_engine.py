@@ -224,6 +224,28 @@ def test_saved_tensors_own_their_memory(engine: Engine) -> None:
     assert torch.equal(run(engine, program, IDS, tensors=tensors)["after"], after)
 
 
+def test_what_is_done_to_the_models_tensor_after_a_save_does_not_show_in_it(engine: Engine) -> None:
+    program = saving(FIRST)
+    written = program.op("torch.ones", [1, len(IDS[0]), HIDDEN])
+    program.set(SECOND, written)
+    program.save(written, "written")
+    program.save(program.get(HEAD), "logits")
+    before = {key: value.clone() for key, value in run(engine, program, IDS).items()}
+
+    def zero(_: Any, args: Any) -> None:
+        args[0].zero_()
+
+    handles = [engine.model.get_submodule(p).register_forward_pre_hook(zero) for p in (SECOND, "model.norm")]
+    try:
+        found = run(engine, program, IDS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(found["h"], before["h"])
+    assert torch.equal(found["written"], before["written"])
+    assert not torch.equal(found["logits"], before["logits"])
+
+
 @pytest.mark.parametrize("inputs", [[IDS], [IDS, [[1, 2]]]], ids=["alone", "packed"])
 def test_hooks_and_attention_are_as_before_after_success_and_after_failure(
     engine: Engine, inputs: list[list[list[int]]]
@@ -257,7 +279,10 @@ def test_a_run_leaves_gradients_and_random_state_alone(engine: Engine) -> None:
     program = saving(HEAD)
     program.save(program.op("torch.randn", [2]), "noise")
     state = torch.get_rng_state()
-    found = run(engine, program, IDS)
+    modes: set[bool] = set()
+    with counted(engine, lambda _: modes.add(torch.is_grad_enabled())):
+        found = run(engine, program, IDS)
+    assert modes == {False}  # nothing of the pass is kept for a backward one
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
     assert not found["h"].requires_grad

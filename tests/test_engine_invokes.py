@@ -148,6 +148,45 @@ def test_names_alias_in_a_shared_pass_as_they_do_alone(engine: Engine, name: str
         close(found[f"value{i}"], logits.mean().expand(wanted.shape))
 
 
+def test_a_value_written_to_a_site_is_the_models_tensor_there(engine: Engine, name: str) -> None:
+    layers, _ = PATHS[name]
+    program = Program()
+    for i in range(2):
+        value = program.op("torch.mul", program.get(f"{layers}.0", invoke=i), 2)
+        program.set(f"{layers}.0", value, invoke=i)
+        program.fill(program.get(f"{layers}.1", "input", (0, 0), invoke=i), 3.0, (slice(None), 0))
+        program.save(value, f"value{i}")
+        program.save(program.get(HEAD, invoke=i), f"logits{i}")
+    found = run(engine, program, *PROMPTS[:2])
+    for i, prompt in enumerate(PROMPTS[:2]):
+        wanted = 2 * capture(engine.model, torch.tensor(prompt), f"{layers}.0")
+        wanted[:, 0] = 3
+        close(found[f"value{i}"], wanted)
+        hooks = {f"{layers}.0": lambda out, w=wanted: with_first(out, w)}
+        close(found[f"logits{i}"], forward(engine.model, torch.tensor(prompt), after=hooks).logits)
+
+
+@pytest.mark.parametrize("name", ["llama"], indirect=True)
+def test_what_is_done_to_a_written_value_apart_from_its_site_never_reaches_the_model(engine: Engine) -> None:
+    first, norm = "model.layers.0", "model.layers.1.input_layernorm"
+    program = Program()
+    for i in range(2):
+        value = program.op("torch.mul", program.get(first, invoke=i), 2)
+        program.set(first, value, invoke=i)
+        late = program.op("torch.mean", program.get("model.layers.1", "input", (0, 0), invoke=i))
+        program.fill(value, late)
+        program.save(value, f"value{i}")
+        program.save(program.get(norm, "input", (0, 0), invoke=i), f"taken{i}")
+        program.save(program.get(HEAD, invoke=i), f"logits{i}")
+    found = run(engine, program, *PROMPTS[:2])
+    for i, prompt in enumerate(PROMPTS[:2]):
+        wanted = 2 * capture(engine.model, torch.tensor(prompt), first)
+        close(found[f"taken{i}"], wanted)
+        close(found[f"value{i}"], wanted.mean().expand(wanted.shape))
+        doubled = {first: lambda out: 2 * out}
+        close(found[f"logits{i}"], forward(engine.model, torch.tensor(prompt), after=doubled).logits)
+
+
 def test_values_go_from_an_invoke_to_a_later_one(engine: Engine, name: str) -> None:
     layer = f"{PATHS[name][0]}.0"
     program = Program()

@@ -124,14 +124,20 @@ class _Compiler:
             return Get(position, node.site, position, edited)
         if node.op == SET:
             value = emit.resolve(node.args[1], slot_of)
-            when, roots = self.timeline.ready[position], self._roots_read(position)
-            edited = any(self.timeline.ready[e] > when for e in self._edits_of(roots))
-            return Set(position, node.site, emit.builder(value), edited, emit.reads(value))
+            return Set(
+                position, node.site, emit.builder(value), self._edited_apart(position), emit.reads(value)
+            )
         if node.op == SAVE:
             value = emit.resolve(node.args[0], slot_of)
             shared = self._shares_memory(position)
             return Save(position, self.flat.saves[position], emit.builder(value), shared, emit.reads(value))
         return emit.call(position, node, slot_of, self.runtime)
+
+    def _edited_apart(self, position: int) -> bool:
+        """Whether a value written to a site is edited later, and not by way of the site."""
+        when, site = self.timeline.ready[position], self.timeline.roots[position]
+        edits = self._edits_of(self._roots_read(position))
+        return any(self.timeline.ready[e] > when and not self.timeline.effects[e] & site for e in edits)
 
     def _slots_for(self, reader: int) -> Callable[[Ref | TensorRef], int]:
         def slot_of(value: Ref | TensorRef) -> int:

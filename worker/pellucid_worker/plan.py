@@ -54,7 +54,7 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """Replace the tensor at a site by what ``build`` gives; ``copied``: a later event edits the value."""
+    """Replace the tensor at a site by what ``build`` gives; ``copied``: a later edit is not the model's."""
 
     node: int
     site: Site
