@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .errors import GraphError, LimitError
-from .values import Ref, Site, TensorRef, Value, contains, decode, dumps, encode, refs
+from .values import Ref, Site, TensorRef, Value, decode, dumps, encode, refs, substitute
 
 VERSION = 1
 MAX_BYTES = 8 * 2**20
@@ -136,9 +136,18 @@ class Graph:
                 names[position] = node.args[1] if len(node.args) > 1 else f"saved_{len(names)}"
         return names
 
-    def names_literals(self) -> bool:
-        """Whether any node names a tensor of the request's safetensors part."""
-        return any(contains(v, TensorRef) for n in self.nodes for v in (*n.args, *n.kwargs.values()))
+    def literals(self) -> set[str]:
+        """Digests of the tensors the nodes name: those of the request's safetensors part."""
+        found: set[str] = set()
+
+        def leaf(value: Value) -> Value:
+            if isinstance(value, TensorRef):
+                found.add(value.digest)
+            return value
+
+        for node in self.nodes:
+            substitute([*node.args, *node.kwargs.values()], leaf)
+        return found
 
     def sites(self) -> dict[int, Site]:
         """Position of each node that touches a site -> that site."""

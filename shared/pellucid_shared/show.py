@@ -33,13 +33,23 @@ def show(graph: Graph) -> str:
         transformer.h.3.output = v1
         save(v0, 'saved_0')
     """
-    names = graph.save_names()
     lines = []
     for region in graph.regions:
         lines.append(f'trace "{graph.model}":')
         lines += [f"    invoke {i}: {_invoke(v)}" for i, v in enumerate(region.invokes)]
-    lines += [f"    {_statement(i, n, names)}" for i, n in enumerate(graph.nodes)]
+    lines += [f"    {statement}" for statement in statements(graph)]
     return "\n".join(lines) + "\n"
+
+
+def statements(graph: Graph) -> list[str]:
+    """The line of each node."""
+    names = graph.save_names()
+    return [_statement(i, n, names) for i, n in enumerate(graph.nodes)]
+
+
+def tensor_name(digest: str) -> str:
+    """A tensor of the request's safetensors part as a graph's lines name it."""
+    return f"tensor<{digest.removeprefix('sha256:')[:8]}>"
 
 
 def _invoke(invoke: Invoke) -> str:
@@ -79,7 +89,7 @@ def _text(value: Value) -> str:
     if isinstance(value, Ref):
         return f"v{value.node}"
     if isinstance(value, TensorRef):
-        return f"tensor<{value.digest.removeprefix('sha256:')[:8]}>"
+        return tensor_name(value.digest)
     if isinstance(value, DType):
         return f"torch.{value.name}"
     if isinstance(value, Device):

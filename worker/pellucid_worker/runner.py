@@ -92,7 +92,7 @@ class Runner:
         return ResultInfo(key=key, bytes=len(data), names=list(saved))
 
     def _literals(self, job: str, graph: Graph) -> dict[str, Any]:
-        if not graph.names_literals():
+        if not graph.literals():
             return {}
         try:
             return unpack_tensors(self._store.get(keyspace.upload(job)))
