@@ -76,7 +76,8 @@ class Engine:
             cancelled: set it to end the run at the next touched site.
 
         Returns:
-            Saved structures by name; tensors are on the CPU, contiguous, with memory of their own.
+            Saved structures by name, in program order; tensors are on the CPU, contiguous, with memory of
+            their own.
 
         Raises:
             GraphError: the graph does not fit the model; ``node`` is set.
@@ -94,9 +95,10 @@ class Engine:
             runtime.apply, runtime.device = run.apply, device
             runtime.generator = torch.Generator(device).manual_seed(seed)
             try:
-                return run.execute()
+                saved = run.execute()
             finally:
                 del runtime.apply  # the plan is kept; the run and its tensors are not
+        return {name: saved[name] for name in graph.save_names().values() if name in saved}
 
     @property
     def _pad(self) -> int:
