@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     from . import torch as torch
     from ._config import config as config
+    from ._job import Job as Job
     from ._model import LanguageModel as LanguageModel
     from ._save import save as save
 
 #: Public name -> (module, attribute); an empty attribute is the module itself.
 _PUBLIC = {
     "Graph": ("pellucid_shared.graph", "Graph"),
+    "Job": ("pellucid._job", "Job"),
     "LanguageModel": ("pellucid._model", "LanguageModel"),
     "config": ("pellucid._config", "config"),
     "errors": ("pellucid_shared.errors", ""),
@@ -36,7 +38,16 @@ _PUBLIC = {
     "torch": ("pellucid.torch", ""),
 }
 
-__all__ = ["Graph", "LanguageModel", "__version__", "config", "errors", "save", "torch"]
+__all__ = [
+    "Graph",
+    "Job",
+    "LanguageModel",
+    "__version__",
+    "config",
+    "errors",
+    "save",
+    "torch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,6 @@ PACKAGE = {
     "EncoderModel": f"encoders; {_LANGUAGE_MODELS}",
     "VisionLanguageModel": f"models of images and text; {_LANGUAGE_MODELS}",
     "DiffusionModel": f"diffusion pipelines; {_LANGUAGE_MODELS}",
-    "Job": "jobs of other processes; a trace waits for its own job, and tracer.job names it",
     "explain": "plans of graphs; tracer.graph is the graph",
     "experiment": _NO_FLOW,
     "collect": "activations over a data set; trace each prompt, or a batch of them",
@@ -78,13 +77,9 @@ TRACER = {
     "while_": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "invoke()": "a body over the whole batch; give it an input",
 }
-JOB = dict.fromkeys(
-    ("status", "wait", "result", "events"), "following a job by hand; job.record() shows how it stands"
-)
 TRACE_OPTIONS = {
     "scan": MODEL["scan"],
     "validate": MODEL["scan"],
-    "blocking": PACKAGE["Job"],
     "exclusive": "a run of one's own; the pass is shared only with the trace's own invokes",
     "seed": "seeds of one's own; random ops draw from a fixed one",
     "tuple_outputs": "the old meaning of .output[0]; print(model) shows what each module returns",

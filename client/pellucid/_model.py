@@ -21,7 +21,7 @@ from ._target import Target
 from ._tracer import Tracer, one_input
 from ._tree import Module, show_tree
 
-_TRACE_OPTIONS = ("remote", "progress")
+_TRACE_OPTIONS = ("remote", "progress", "blocking")
 _MODEL_OPTIONS = ("remote", "model", "tokenizer", "device_map", "dtype", "dispatch")
 
 
@@ -119,10 +119,11 @@ class LanguageModel(Module):
                 each of several.
             remote: as for the model; left out, where the model is.
             progress: False shows no status line.
+            blocking: False ends the block once the job is sent; ``tracer.job`` follows it. Remote only.
 
         Raises:
             EmptyPromptError: no text and no ids.
-            InputError: not one of the forms taken, or an unknown option.
+            InputError: not one of the forms taken, an unknown option, or ``blocking=False`` of a local run.
         """
         unknown = {name: value for name, value in options.items() if name not in _TRACE_OPTIONS}
         _refuse_options("model.trace", unknown, TRACE_OPTIONS, _TRACE_OPTIONS)
@@ -130,7 +131,14 @@ class LanguageModel(Module):
         progress = bool(options.get("progress", True))
         with at_users_line():
             target = self._target(options.get("remote"))
-        return Tracer(self, target, given, progress=progress)
+        blocking = bool(options.get("blocking", True))
+        if not blocking and isinstance(target, LocalModel):
+            raise InputError(
+                "blocking=False leaves a run to a server's job, and this one runs in this process, which has "
+                "none: leave it out, or name a server with PELLUCID_HOST or remote=",
+                where=users_line(),
+            )
+        return Tracer(self, target, given, progress=progress, blocking=blocking)
 
     def __repr__(self) -> str:
         return f"{self._name}: {show_tree(self.card)}"

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 from pellucid_shared.errors import RecordingError
+from pellucid_shared.packing import WireTensor
 from pellucid_shared.values import Device, DType
 
 from ._lines import users_line
@@ -90,10 +91,13 @@ class PlainBackend:
     def tensor(self, recorder: Recorder, node: int) -> PlainValue:
         return PlainValue(recorder, node)
 
+    def received(self, result: Any) -> Any:
+        return result.numpy() if isinstance(result, WireTensor) else result
+
     def fill(self, value: Any, result: Any) -> None:
         value.__dict__.clear()
         value.__class__ = FilledValue
-        value.value = result.numpy()
+        value.value = self.received(result)
 
     def adopt(self, recorder: Recorder, target: Any) -> NoReturn:
         raise RecordingError(

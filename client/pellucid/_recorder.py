@@ -273,7 +273,11 @@ class Recorder:
     def close(self, reason: str) -> None:
         """End the trace; ``reason`` says why its values cannot be used any more."""
         self._closed = reason
-        self.literals, self.saved, self.adopted = {}, {}, []
+        self.saved, self.adopted = {}, []  # the literals stay: they are part of the experiment
+
+    def suspend(self, reason: str) -> None:
+        """End the writing; the saved values wait for their results, and ``reason`` says for what."""
+        self._closed = reason
 
     def require_open(self, value: object = "this value") -> None:
         """Raise ValueNotReadyError once the trace has ended, and again the error that true sizes showed."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from pellucid_shared.errors import GraphError
 from pellucid_shared.graph import SAVE
+from pellucid_shared.values import substitute
 
 from ._backend import backend
 from ._call import graph_value, recorder_of
@@ -45,6 +46,12 @@ def save(value: Any, name: str | None = None) -> Any:
     recorder.saved[node] = value
     recorder.save_names[chosen] = node
     return value
+
+
+def received(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results by name as users get them: torch tensors where torch is installed, numpy arrays elsewhere, and
+    lists, tuples and dicts of them."""
+    return {name: substitute(result, backend().received) for name, result in results.items()}
 
 
 def fill(recorder: Recorder, results: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,13 +15,14 @@ from ._inputs import Prompt, prompt
 from ._later import TRACER, refuse
 from ._lines import at_users_line, users_line
 from ._recorder import Recorder, enter, leave
+from ._remote import RemoteModel
 from ._save import fill
 from ._target import Target
 from ._warnings import warn_of_edits_that_show
 
 if TYPE_CHECKING:
+    from ._job import Job
     from ._model import LanguageModel
-    from ._remote import Job
 
 
 class Tracer:
@@ -31,15 +33,24 @@ class Tracer:
 
     Attributes:
         job: the job a server has for it, also where it failed; None for local runs and before the block ends.
+            With ``blocking=False`` the block ends once it is sent, and ``tracer.job.result()`` waits for it.
 
     Ctrl-C while the run is waited for cancels the job on the server, or ends the pass in this process, and
     passes; the saved names then say that they have no value.
     """
 
-    def __init__(self, model: LanguageModel, target: Target, given: Prompt | None, *, progress: bool) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: Target,
+        given: Prompt | None,
+        *,
+        progress: bool,
+        blocking: bool = True,
+    ) -> None:
         self._recorder = Recorder(model.name, target, model)
         self._given = given
-        self._progress = progress
+        self._progress, self._blocking = progress, blocking
         self._token: Token[Recorder | None] | None = None
         self._mode: Any = None
         self.job: Job | None = None
@@ -112,6 +123,9 @@ class Tracer:
                 )
             graph, timeline = recorder.finish()
             warn_of_edits_that_show(recorder, timeline)
+            if not self._blocking:
+                self._send(graph)
+                return
             if recorder.saved:
                 results = recorder.target.run(
                     graph,
@@ -122,13 +136,31 @@ class Tracer:
                 )
                 fill(recorder, results)
         except PellucidError as error:
-            recorder.at_users_line(error)
-            self._fail(f"has no value: its job failed ({error})")
+            self._failed(error)
             raise error from None  # torch's own traceback of a local run says nothing more
         except BaseException as error:
             self._fail(f"has no value: its run was ended by {type(error).__name__}")
             raise
-        recorder.close("was not saved, so it is gone: .save() it inside the block")
+        self._end()
+
+    def _send(self, graph: Graph) -> None:
+        """Leave the run to its job, which fills the saved names when its result is asked for."""
+        recorder = self._recorder
+        assert isinstance(recorder.target, RemoteModel)
+        self.job = recorder.target.submit(graph, recorder.literals, progress=self._progress)
+        self.job.then(self._completed, self._failed)
+        recorder.suspend(f"has no value yet: job {self.job.id} was not waited for; call tracer.job.result()")
+
+    def _completed(self, results: Mapping[str, Any]) -> None:
+        fill(self._recorder, results)
+        self._end()
+
+    def _failed(self, error: PellucidError) -> None:
+        self._recorder.at_users_line(error)
+        self._fail(f"has no value: its job failed ({error})")
+
+    def _end(self) -> None:
+        self._recorder.close("was not saved, so it is gone: .save() it inside the block")
 
     def _started(self, job: Job) -> None:
         self.job = job
