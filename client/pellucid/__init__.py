@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from . import torch as torch
     from ._config import config as config
+    from ._files import load_experiment as load_experiment
+    from ._files import save_experiment as save_experiment
     from ._job import Job as Job
     from ._model import LanguageModel as LanguageModel
     from ._save import save as save
@@ -34,7 +36,9 @@ _PUBLIC = {
     "LanguageModel": ("pellucid._model", "LanguageModel"),
     "config": ("pellucid._config", "config"),
     "errors": ("pellucid_shared.errors", ""),
+    "load_experiment": ("pellucid._files", "load_experiment"),
     "save": ("pellucid._save", "save"),
+    "save_experiment": ("pellucid._files", "save_experiment"),
     "torch": ("pellucid.torch", ""),
 }
 
@@ -45,7 +49,9 @@ __all__ = [
     "__version__",
     "config",
     "errors",
+    "load_experiment",
     "save",
+    "save_experiment",
     "torch",
 ]
 

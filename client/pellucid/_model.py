@@ -10,13 +10,16 @@ from typing import Any
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.errors import ConnectionFailedError, InputError, did_you_mean
+from pellucid_shared.graph import Graph
 
 from ._config import config
+from ._files import Experiment
 from ._http import Connection
 from ._later import MODEL_OPTIONS, TRACE_OPTIONS, refuse
 from ._lines import at_users_line, users_line
 from ._local import LoadOptions, LocalModel
 from ._remote import RemoteModel
+from ._replay import replay
 from ._target import Target
 from ._tracer import Tracer, one_input
 from ._tree import Module, show_tree
@@ -139,6 +142,29 @@ class LanguageModel(Module):
                 where=users_line(),
             )
         return Tracer(self, target, given, progress=progress, blocking=blocking)
+
+    def run(
+        self, experiment: Graph | Experiment, *, remote: bool | str | None = None, progress: bool = True
+    ) -> dict[str, Any]:
+        """Run an experiment that is written already, on this model.
+
+            results = model.run(pellucid.load_experiment("patch.json"))
+
+        Args:
+            experiment: what ``pellucid.load_experiment`` gave, or a Graph that names no tensors. The model it
+                was written for may be another, of the same modules.
+            remote, progress: as for :meth:`trace`.
+
+        Returns:
+            The saved values by name: torch tensors (numpy arrays where torch is absent), and structures.
+
+        Raises:
+            GraphError: it does not fit this model; ``node`` names the node.
+            InputError: neither a graph nor an experiment, or its tensors are not with it.
+        """
+        with at_users_line():
+            target = self._target(remote)
+        return replay(self._name, target, experiment, progress=progress)
 
     def __repr__(self) -> str:
         return f"{self._name}: {show_tree(self.card)}"

@@ -11,6 +11,7 @@ from pellucid_shared.errors import InputError, PellucidError, RecordingError
 from pellucid_shared.graph import Graph
 
 from ._backend import backend
+from ._files import Experiment
 from ._inputs import Prompt, prompt
 from ._later import TRACER, refuse
 from ._lines import at_users_line, users_line
@@ -59,6 +60,12 @@ class Tracer:
     def graph(self) -> Graph:
         """The graph as written so far; after the block, what was run."""
         return self._recorder.graph()
+
+    @property
+    def experiment(self) -> Experiment:
+        """The graph with the tensors of the user's that it names; ``pellucid.save_experiment`` stores it."""
+        graph, literals = self.graph, self._recorder.literals
+        return Experiment(graph, {digest: literals[digest] for digest in sorted(graph.literals())})
 
     def invoke(self, *inputs: Any) -> Invocation:
         """``with tracer.invoke(prompt):`` one input of the pass; the body sees only its rows and tokens.
