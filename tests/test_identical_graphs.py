@@ -26,7 +26,7 @@ with LM.trace() as RUN:
         H = LM.h[0].output
         S = H + VEC
         LM.h[0].output = S
-        H.sum(**dict({keywords})).save("sum")
+        H.std(**dict({keywords})).save("std")
     with RUN.invoke(["a", "bc"]):
         LM.h[1].output[0][:, -1] = S[:, -1]
         pellucid.save({{"x": H, "y": [S * OTHER, 3], "z": float("inf")}}, "all")
@@ -41,8 +41,10 @@ TWO = dict(zip(NAMES, ("z", "alpha", "beta", "t", "_x1", "steered", "found"), st
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
-    first = written(tmp_path / "one" / "a.json", ONE, "dim=-1, keepdim=True", seed="1", lines=0)
-    second = written(tmp_path / "two" / "b.json", TWO, "keepdim=True, dim=-1", seed="4242", lines=7)
+    first = written(tmp_path / "one" / "a.json", ONE, "dim=-1, correction=0, keepdim=True", seed="1", lines=0)
+    second = written(
+        tmp_path / "two" / "b.json", TWO, "keepdim=True, dim=-1, correction=0", seed="4242", lines=7
+    )
     assert first == second
     assert b"hello" in first[0]
     assert not any(word in first[0] for word in (b"tracer", b"steered", b".py", str(tmp_path).encode()))

@@ -142,6 +142,25 @@ def test_an_interrupted_wait_leaves_the_job_running(
     torch.testing.assert_close(h, layer)
 
 
+def test_an_interrupted_block_that_waits_cancels_its_job(
+    model: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with (
+            held(url),
+            pytest.raises(KeyboardInterrupt),
+            interrupted_while_it_follows(monkeypatch),
+            model.trace(IDS) as tracer,
+        ):
+            h = model.lm_head.output.save()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert tracer.job.status == "cancelled"
+    with pytest.raises(ValueNotReadyError, match="ended by KeyboardInterrupt"):
+        _ = h.value
+
+
 @contextlib.contextmanager
 def interrupted_while_it_follows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ctrl-C in the main thread, once it has seen that the job is queued."""
@@ -277,6 +296,28 @@ def test_a_job_is_taken_up_in_another_process(model: Any, url: str, layer: torch
     kind, status, values = done.stdout.split(" ", 2)
     assert (kind, status) == ("Tensor", "completed")
     torch.testing.assert_close(torch.tensor(floats(values)), layer.flatten())
+
+
+def test_where_torch_is_absent_results_are_arrays_that_can_be_written(url: str, layer: torch.Tensor) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import client_bodies; client_bodies.hide_torch()
+import asyncio, numpy, pellucid
+model = pellucid.LanguageModel("followed", remote={url!r})
+with model.trace({IDS}, blocking=False) as tracer:
+    h = model.model.layers[0].output.save("h")
+async def main():
+    return await tracer.job
+result = asyncio.run(main())["h"]
+assert type(result) is numpy.ndarray and result is h.value
+values = result.flatten().tolist()
+h[0, 0] = 7
+assert result[0, 0, 5] == 7
+print(values)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.tensor(floats(done.stdout)), layer.flatten())
 
 
 def floats(text: str) -> list[float]:
