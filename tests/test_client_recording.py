@@ -376,7 +376,7 @@ def test_inputs_that_cannot_be_used_say_why(given: Any, error: type[InputError],
 
 def test_unknown_options_are_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        InputError, match=r"no option 'remot'; it has remote, progress, seed\. Nearest: remote"
+        InputError, match=r"no option 'remot'; it has remote, progress, blocking, seed\. Nearest: remote"
     ):
         CardModel().trace("hello", remot=True)
 

@@ -23,20 +23,37 @@ if TYPE_CHECKING:
 
     from . import torch as torch
     from ._config import config as config
+    from ._files import load_experiment as load_experiment
+    from ._files import save_experiment as save_experiment
+    from ._job import Job as Job
     from ._model import LanguageModel as LanguageModel
     from ._save import save as save
 
 #: Public name -> (module, attribute); an empty attribute is the module itself.
 _PUBLIC = {
     "Graph": ("pellucid_shared.graph", "Graph"),
+    "Job": ("pellucid._job", "Job"),
     "LanguageModel": ("pellucid._model", "LanguageModel"),
     "config": ("pellucid._config", "config"),
     "errors": ("pellucid_shared.errors", ""),
+    "load_experiment": ("pellucid._files", "load_experiment"),
     "save": ("pellucid._save", "save"),
+    "save_experiment": ("pellucid._files", "save_experiment"),
     "torch": ("pellucid.torch", ""),
 }
 
-__all__ = ["Graph", "LanguageModel", "__version__", "config", "errors", "save", "torch"]
+__all__ = [
+    "Graph",
+    "Job",
+    "LanguageModel",
+    "__version__",
+    "config",
+    "errors",
+    "load_experiment",
+    "save",
+    "save_experiment",
+    "torch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,12 +17,12 @@ class Backend(Protocol):
         """A new value for a node that yields a tensor."""
         ...
 
-    def fill(self, value: Any, result: Any) -> None:
-        """Turn a saved value into its result: a WireTensor, or a torch tensor."""
+    def received(self, result: Any) -> Any:
+        """A WireTensor of a result as users get it, or what is so already."""
         ...
 
-    def plain(self, result: Any) -> Any:
-        """A result that fills no value: a tensor or array, or what is no tensor as it is."""
+    def fill(self, value: Any, result: Any) -> None:
+        """Turn a saved value into its result, as it was received or as users get it."""
         ...
 
     def adopt(self, recorder: Recorder, target: Any) -> Any:

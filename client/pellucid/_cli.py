@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from pellucid_shared import __version__
 from pellucid_shared.errors import PellucidError
 
-if TYPE_CHECKING:
-    from ._http import Connection
+from ._cli_experiments import diff, run, show
+from ._cli_jobs import cancel, status
+from ._cli_server import host_option, server
 
 #: Package of a command -> (the part of pellucid it belongs to, the extra that brings what it imports).
 _PARTS = {"pellucid_server": ("server", "server"), "pellucid_worker": ("worker", "worker")}
@@ -88,11 +89,11 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--host", help="URL of the server; by default PELLUCID_HOST.")
+@host_option
 def models(host: str | None) -> None:
     """List the models a server has."""
     rows = [("MODEL", "STATE", "CLASS", "PARAMETERS", "DTYPE", "QUEUED", "SOURCE")]
-    for model in _server(host).get_json("/v1/models"):
+    for model in server(host).get_json("/v1/models"):
         state = f"loading {model['progress']:.0%}" if model["state"] == "loading" else model["state"]
         size = f"{model['parameters']:,}" if model["parameters"] else "-"
         names = (model["class_name"] or "-", size, model["dtype"] or "-")
@@ -103,21 +104,14 @@ def models(host: str | None) -> None:
 
 
 @main.command()
-@click.option("--host", help="URL of the server; by default PELLUCID_HOST.")
+@host_option
 def whoami(host: str | None) -> None:
     """Say who the server takes you for."""
-    server = _server(host)
-    me = server.get_json("/v1/whoami")
+    asked = server(host)
+    me = asked.get_json("/v1/whoami")
     who = "anonymous" if me["anonymous"] else me["key"]
-    click.echo(f"{who} at {server.url}, which runs pellucid {me['version']}")
+    click.echo(f"{who} at {asked.url}, which runs pellucid {me['version']}")
 
 
-def _server(host: str | None) -> Connection:
-    """The server that is asked."""
-    from ._config import config
-    from ._http import Connection
-
-    url = host or config.host
-    if url is None:
-        raise click.ClickException("no server is named: set PELLUCID_HOST to its URL, or give --host")
-    return Connection(url)
+for _command in (cancel, diff, run, show, status):
+    main.add_command(_command)

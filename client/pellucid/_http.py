@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -34,17 +35,20 @@ from pellucid_shared.wire import (
 
 from ._config import config
 from ._progress import StatusLine
+from ._reader import Reader
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0
 #: How long a stream of events may say nothing; the server pings more often.
 _SILENT_SECONDS = 40.0
-#: How often an event stream that breaks is taken up again, within about 9 s, before it counts as lost; a
-#: server that is there and says nothing uses up several at once.
-_RECONNECTS, _FOR_SILENCE = 8, 4
+#: How long after its deadline a wait for events may end.
+_OVERTIME_SECONDS = 0.25
 _VERSION_HEADER = "Pellucid-Version"
+_HEADERS = {PROTOCOL_HEADER: str(PROTOCOL), "User-Agent": f"pellucid/{__version__}"}
 
 
 class Connection:
@@ -79,40 +83,72 @@ class Connection:
             answer = self._send("POST", "/v1/jobs", content=body, headers={"Content-Type": JSON_TYPE})
         return str(answer.json()["id"])
 
-    def events(self, path: str) -> Iterator[Event]:
+    def events(self, path: str, until: float = math.inf) -> Iterator[Event]:
         """A job's events as they happen; a stream that breaks is taken up where it broke.
+
+        Args:
+            until: the time of ``time.monotonic`` at which it ends.
 
         Raises:
             ConnectionFailedError: it broke, and the server cannot be reached again.
         """
         import httpx
 
-        last, failures = "", 0
-        while True:
+        reader = Reader(self.url, self._lost)
+        while (left := until - time.monotonic()) > 0:
+            failure = None
             try:
-                headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last} if last else {})}
-                timeout = httpx.Timeout(_SILENT_SECONDS, connect=_CONNECT_SECONDS)
-                with self._http().stream("GET", path, headers=headers, timeout=timeout) as answer:
+                with self._http().stream(
+                    "GET", path, headers=reader.headers(), timeout=_patience(left)
+                ) as answer:
                     self._raise_for(answer)
-                    for event in _parsed(answer.iter_lines()):
-                        last, failures = event.id or last, 0
-                        yield event
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                if failures >= _RECONNECTS:
-                    self._unreachable(error)
+                    begun = time.monotonic()
+                    for line in answer.iter_lines():
+                        if event := reader.line(line):
+                            yield event
+                        # The next line may take as long as was left at first: ask anew, with less patience.
+                        if not line and until < math.inf and time.monotonic() > begun + _OVERTIME_SECONDS:
+                            break
+                    else:
+                        failure = reader.broke(None)
             except httpx.TransportError as error:
-                if isinstance(error, httpx.TimeoutException):
-                    failures += _FOR_SILENCE
-                if failures >= _RECONNECTS:
-                    self._broken(error)
-            failures += 1
-            if failures > _RECONNECTS:
-                raise ConnectionFailedError(
-                    f"{self.url} ends the stream of events without saying how the job ended"
-                )
-            time.sleep(min(2.0, 0.05 * 2**failures))
+                if time.monotonic() >= until:
+                    return
+                failure = reader.broke(error)
+            if failure is not None:
+                time.sleep(max(0.0, min(failure, until - time.monotonic())))
 
-    def download(self, path: str, status: StatusLine) -> bytes:
+    async def first(self, path: str, wanted: Callable[[Event], bool]) -> Event:
+        """The first of a job's events that is wanted; awaited without a thread.
+
+        Raises:
+            ConnectionFailedError: as :meth:`events`.
+        """
+        import asyncio
+
+        import httpx
+
+        reader = Reader(self.url, self._lost)
+        headers, timeout = {**_HEADERS, **_authorization()}, _patience(math.inf)
+        async with httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=timeout, verify=_tls()
+        ) as client:
+            while True:
+                try:
+                    async with client.stream("GET", path, headers=reader.headers()) as answer:
+                        if answer.status_code >= 400:
+                            await answer.aread()
+                        self._raise_for(answer)
+                        async for line in answer.aiter_lines():
+                            event = reader.line(line)
+                            if event and wanted(event):
+                                return event
+                    pause = reader.broke(None)
+                except httpx.TransportError as error:
+                    pause = reader.broke(error)
+                await asyncio.sleep(pause)
+
+    def download(self, path: str, status: StatusLine) -> bytearray:
         """The bytes at a path, following redirects to a store."""
         import httpx
 
@@ -124,21 +160,17 @@ class Connection:
                 for chunk in answer.iter_bytes():
                     data += chunk
                     status.downloaded(len(data), int(length) if length else None)
-                return bytes(data)
-        except httpx.ConnectError as error:
-            self._unreachable(error)
+                return data
         except httpx.TransportError as error:
-            self._broken(error)
+            self._lost(error)
 
     def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         import httpx
 
         try:
             answer = self._http().request(method, path, **content)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            self._unreachable(error)
         except httpx.TransportError as error:
-            self._broken(error)
+            self._lost(error)
         self._raise_for(answer)
         return answer
 
@@ -148,13 +180,12 @@ class Connection:
         with self._lock:
             # A forked process must not speak on the connections of its parent.
             if self._client is None or self._process != os.getpid():
-                headers = {PROTOCOL_HEADER: str(PROTOCOL), "User-Agent": f"pellucid/{__version__}"}
                 timeout = httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS)
-                self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+                self._client = httpx.Client(base_url=self.url, headers=_HEADERS, timeout=timeout)
                 self._process = os.getpid()
                 weakref.finalize(self, self._client.close)
-            if key := config.api_key:
-                self._client.headers["Authorization"] = f"Bearer {key}"
+            if authorization := _authorization():
+                self._client.headers.update(authorization)
             else:
                 self._client.headers.pop("Authorization", None)
             return self._client
@@ -180,13 +211,14 @@ class Connection:
             f"{answer.status_code} and no reason; is it a Pellucid server?"
         )
 
-    def _unreachable(self, error: Exception) -> NoReturn:
-        raise ConnectionFailedError(
-            f"no server answers at {self.url} ({error}); start one with `pellucid up NAME=PATH`, or name "
-            "another with PELLUCID_HOST or remote="
-        ) from None
+    def _lost(self, error: httpx.TransportError) -> NoReturn:
+        import httpx
 
-    def _broken(self, error: Exception) -> NoReturn:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            raise ConnectionFailedError(
+                f"no server answers at {self.url} ({error}); start one with `pellucid up NAME=PATH`, or name "
+                "another with PELLUCID_HOST or remote="
+            ) from None
         reason = str(error) or type(error).__name__
         raise ConnectionFailedError(f"the connection to {self.url} broke: {reason}; try again") from None
 
@@ -209,16 +241,20 @@ def server_url(text: str) -> str:
     return url
 
 
-def _parsed(lines: Iterator[str]) -> Iterator[Event]:
-    """Server-sent events: ``data`` holds the event as JSON, ``id`` its place in the log."""
-    data: list[str] = []
-    identity = ""
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == "data":
-            data.append(value.removeprefix(" "))
-        elif name == "id":
-            identity = value.removeprefix(" ")
-        elif not line and data:
-            yield Event.model_validate({**json.loads("\n".join(data)), "id": identity})
-            data = []
+def _patience(seconds: float) -> httpx.Timeout:
+    """For a stream of events that is wanted for so long at most."""
+    import httpx
+
+    return httpx.Timeout(min(_SILENT_SECONDS, seconds), connect=min(_CONNECT_SECONDS, seconds))
+
+
+def _authorization() -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if (key := config.api_key) else {}
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Made once: it takes longer than a request."""
+    import httpx
+
+    return httpx.create_ssl_context()

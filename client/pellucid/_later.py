@@ -19,7 +19,6 @@ PACKAGE = {
     "EncoderModel": f"encoders; {_LANGUAGE_MODELS}",
     "VisionLanguageModel": f"models of images and text; {_LANGUAGE_MODELS}",
     "DiffusionModel": f"diffusion pipelines; {_LANGUAGE_MODELS}",
-    "Job": "jobs of other processes; a trace waits for its own job, and tracer.job names it",
     "explain": "plans of graphs; tracer.graph is the graph",
     "experiment": _NO_FLOW,
     "collect": "activations over a data set; trace each prompt, or a batch of them",
@@ -70,13 +69,9 @@ SESSION = {
     "parameter": _NO_GRADIENTS,
     "log": TRACER["log"],
 }
-JOB = dict.fromkeys(
-    ("status", "wait", "result", "events"), "following a job by hand; job.record() shows how it stands"
-)
 TRACE_OPTIONS = {
     "scan": MODEL["scan"],
     "validate": MODEL["scan"],
-    "blocking": PACKAGE["Job"],
     "exclusive": "a run of one's own; the pass is shared only with the trace's own invokes",
     "tuple_outputs": "the old meaning of .output[0]; print(model) shows what each module returns",
     "trace": "a run without a block; save model.output inside one",

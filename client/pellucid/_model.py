@@ -10,21 +10,24 @@ from typing import Any
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.errors import ConnectionFailedError, InputError, PellucidError, did_you_mean
+from pellucid_shared.graph import Graph
 from pellucid_shared.regions import GENERATION_OPTIONS, Generation, generation
 
 from ._config import config
+from ._files import Experiment
 from ._http import Connection
 from ._later import MODEL_OPTIONS, TRACE_OPTIONS, refuse
 from ._lines import at_users_line, users_line
 from ._local import LoadOptions, LocalModel
 from ._recorder import session_of
 from ._remote import RemoteModel
+from ._replay import replay
 from ._sites import read_result
 from ._target import Target
 from ._tracer import Session, TraceOptions, Tracer, one_input
 from ._tree import Module, show_tree
 
-_TRACE_OPTIONS = ("remote", "progress", "seed")
+_TRACE_OPTIONS = ("remote", "progress", "blocking", "seed")
 _MODEL_OPTIONS = ("remote", "model", "tokenizer", "device_map", "dtype", "dispatch")
 
 
@@ -123,10 +126,11 @@ class LanguageModel(Module):
             remote: as for the model; left out, where the model is.
             progress: False shows no status line.
             seed: of the random numbers that the trace's own ops draw.
+            blocking: False ends the block once the job is sent; ``tracer.job`` follows it. Remote only.
 
         Raises:
             EmptyPromptError: no text and no ids.
-            InputError: not one of the forms taken, or an unknown option.
+            InputError: not one of the forms taken, an unknown option, or ``blocking=False`` of a local run.
         """
         return self._begin("model.trace", inputs, options, None)
 
@@ -158,19 +162,46 @@ class LanguageModel(Module):
         rest = {k: v for k, v in options.items() if k not in GENERATION_OPTIONS}
         return self._begin("model.generate", inputs, rest, wanted)
 
-    def session(self, *, remote: bool | str | None = None, progress: bool = True) -> Session:
+    def session(
+        self, *, remote: bool | str | None = None, progress: bool = True, blocking: bool = True
+    ) -> Session:
         """``with model.session() as s:`` several traces and generations as one job; values flow between them.
 
         Args:
-            remote, progress: as for ``trace``, for all of its traces.
+            remote, progress, blocking: as for ``trace``, for all of its traces.
         """
         with at_users_line():
-            return Session(self, self._target(remote), progress=progress)
+            target = self._target(remote)
+        self._require_a_job(target, blocking)
+        return Session(self, target, TraceOptions(progress=progress, blocking=blocking))
 
     @property
     def generator(self) -> Generator:
         """What a generation ends with: ``model.generator.output`` is ``tracer.result``."""
         return Generator(self)
+
+    def run(
+        self, experiment: Graph | Experiment, *, remote: bool | str | None = None, progress: bool = True
+    ) -> dict[str, Any]:
+        """Run an experiment that is written already, on this model.
+
+            results = model.run(pellucid.load_experiment("patch.json"))
+
+        Args:
+            experiment: what ``pellucid.load_experiment`` gave, or a Graph that names no tensors. The model it
+                was written for may be another, of the same modules.
+            remote, progress: as for :meth:`trace`.
+
+        Returns:
+            The saved values by name: torch tensors (numpy arrays where torch is absent), and structures.
+
+        Raises:
+            GraphError: it does not fit this model; ``node`` names the node.
+            InputError: neither a graph nor an experiment, or its tensors are not with it.
+        """
+        with at_users_line():
+            target = self._target(remote)
+        return replay(self._name, target, experiment, progress=progress)
 
     def _begin(
         self, what: str, inputs: tuple[Any, ...], options: Mapping[str, Any], wanted: Generation | None
@@ -186,8 +217,24 @@ class LanguageModel(Module):
         session = session_of(self)
         with at_users_line():
             target = self._target(options.get("remote")) if session is None else session.run.recorder.target
-        progress = bool(options.get("progress", True))
-        return Tracer(self, target, given, TraceOptions(wanted, seed, progress), session=session)
+        blocking = bool(options.get("blocking", True))
+        if session is not None and not blocking:
+            raise InputError(
+                "a trace of a session has no job of its own; give blocking=False to model.session()",
+                where=users_line(),
+            )
+        self._require_a_job(target, blocking)
+        own = TraceOptions(wanted, seed, bool(options.get("progress", True)), blocking)
+        return Tracer(self, target, given, own, session=session)
+
+    def _require_a_job(self, target: Target, blocking: bool) -> None:
+        """Raise InputError if a run in this process is not to be waited for."""
+        if not blocking and isinstance(target, LocalModel):
+            raise InputError(
+                "blocking=False leaves a run to a server's job, and this one runs in this process, which has "
+                "none: leave it out, or name a server with PELLUCID_HOST or remote=",
+                where=users_line(),
+            )
 
     def __repr__(self) -> str:
         return f"{self._name}: {show_tree(self.card)}"

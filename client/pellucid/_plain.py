@@ -91,13 +91,13 @@ class PlainBackend:
     def tensor(self, recorder: Recorder, node: int) -> PlainValue:
         return PlainValue(recorder, node)
 
+    def received(self, result: Any) -> Any:
+        return result.numpy() if isinstance(result, WireTensor) else result
+
     def fill(self, value: Any, result: Any) -> None:
         value.__dict__.clear()
         value.__class__ = FilledValue
-        value.value = result.numpy()
-
-    def plain(self, result: Any) -> Any:
-        return result.numpy() if isinstance(result, WireTensor) else result
+        value.value = self.received(result)
 
     def adopt(self, recorder: Recorder, target: Any) -> NoReturn:
         raise RecordingError(

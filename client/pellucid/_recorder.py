@@ -27,6 +27,7 @@ from pellucid_shared.specs import Spec, TensorSpec
 from pellucid_shared.storage import Timeline, timeline
 from pellucid_shared.values import Site, TensorRef
 
+from ._files import Experiment
 from ._inputs import Prompt
 from ._lines import users_line
 from ._target import Target
@@ -453,10 +454,19 @@ class Recorder:
         regions = tuple(r.region() if isinstance(r, OpenTrace) else r for r in self.regions)
         return Graph(self.model, regions, tuple(self.nodes))
 
+    def experiment(self) -> Experiment:
+        """The graph with the literals it names."""
+        graph = self.graph()
+        return Experiment(graph, {digest: self.literals[digest] for digest in sorted(graph.literals())})
+
     def close(self, reason: str) -> None:
         """End the trace; ``reason`` says why its values cannot be used any more."""
         self._closed = reason
-        self.literals, self.saved, self.adopted = {}, {}, []
+        self.saved, self.adopted = {}, []  # the literals stay: they are part of the experiment
+
+    def suspend(self, reason: str) -> None:
+        """End the writing; the saved values wait for their results, and ``reason`` says for what."""
+        self._closed = reason
 
     def require_open(self, value: object = "this value") -> None:
         """Raise ValueNotReadyError once the trace has ended, and again the error that true sizes showed."""

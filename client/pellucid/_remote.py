@@ -5,64 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.errors import ConnectionFailedError, ModelNotFoundError, PellucidError, did_you_mean
 from pellucid_shared.graph import Graph
-from pellucid_shared.packing import WireTensor, unpack
-from pellucid_shared.wire import Event, JobRecord, JobState
+from pellucid_shared.packing import WireTensor
 
 from ._http import Connection
 from ._inputs import Prompt
-from ._later import JOB, refuse
+from ._job import Job
 from ._progress import StatusLine
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job a server has.
-
-    Attributes:
-        id: its id on the server.
-    """
-
-    id: str
-    connection: Connection
-
-    def record(self) -> JobRecord:
-        """The job's record: state, times by state, graph hash."""
-        return JobRecord.model_validate(self.connection.get_json(f"/v1/jobs/{self.id}"))
-
-    def cancel(self) -> None:
-        """Ask the server to stop it."""
-        self.connection.post_json(f"/v1/jobs/{self.id}/cancel", {})
-
-    def __getattr__(self, name: str) -> NoReturn:
-        refuse(JOB, name, f"job.{name}")
-        raise AttributeError(f"a job has no {name!r}; it has id, record() and cancel()")
-
-    def _wait(self, status: StatusLine) -> None:
-        """Follow its events to the end.
-
-        Raises:
-            JobError: it failed or was cancelled; the class says why.
-        """
-        last: Event | None = None
-        for last in self.connection.events(f"/v1/jobs/{self.id}/events"):
-            status.event(last)
-            if _state(last).final:
-                break
-        assert last is not None
-        if _state(last) is not JobState.COMPLETED:
-            raise PellucidError.from_problem(last.data.get("error") or self.record().error or {})
-
-    def _result(self, status: StatusLine) -> dict[str, Any]:
-        """The saved values by name."""
-        found: dict[str, Any] = unpack(self.connection.download(f"/v1/jobs/{self.id}/result", status))
-        return found
 
 
 class RemoteModel:
@@ -109,6 +63,10 @@ class RemoteModel:
             self._ids.update(zip(missing, answer["ids"], strict=True))
         return [self._ids[text] for text in texts]
 
+    def submit(self, graph: Graph, literals: Mapping[str, WireTensor], *, progress: bool) -> Job:
+        """Send a checked graph as a job."""
+        return Job.on(self.connection, self.connection.submit(graph, literals), progress=progress)
+
     def run(
         self,
         graph: Graph,
@@ -121,11 +79,10 @@ class RemoteModel:
         """See :class:`pellucid._target.Target`. Ctrl-C, or whatever else ends the wait in this process,
         cancels the job. Where the server is lost, the job is left to it."""
         with StatusLine(progress) as status:
-            job = Job(self.connection.submit(graph, literals), self.connection)
+            job = self.submit(graph, literals, progress=progress)
             started(job)
             try:
-                job._wait(status)
-                return job._result(status)
+                outcome = job.outcome(job.last_event(status), status)
             except ConnectionFailedError as error:
                 raise ConnectionFailedError(
                     f"job {job.id} was taken, then its server was lost: {error.message}"
@@ -136,10 +93,6 @@ class RemoteModel:
                 with contextlib.suppress(PellucidError):
                     job.cancel()
                 raise
-
-
-def _state(event: Event) -> JobState:
-    """The job's state after an event."""
-    if event.type in ("state", "gap"):
-        return JobState(event.data["state"])
-    return JobState.RUNNING
+        if isinstance(outcome, PellucidError):
+            raise outcome
+        return outcome

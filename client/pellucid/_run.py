@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
 from pellucid_shared.errors import PellucidError
+from pellucid_shared.graph import Graph
 
 from ._backend import backend
 from ._lines import at_users_line
 from ._recorder import Recorder, enter, leave
+from ._remote import RemoteModel
 from ._save import fill
 from ._warnings import warn_of_edits_that_show
 
 if TYPE_CHECKING:
-    from ._remote import Job
+    from ._job import Job
 
 
 class Run:
@@ -24,10 +27,10 @@ class Run:
         job: the job a server has for it; None for local runs and before it is sent.
     """
 
-    def __init__(self, recorder: Recorder, progress: bool) -> None:
+    def __init__(self, recorder: Recorder, progress: bool, blocking: bool) -> None:
         self.recorder = recorder
         self.job: Job | None = None
-        self._progress = progress
+        self._progress, self._blocking = progress, blocking
         self._token: Token[Recorder | None] | None = None
         self._mode: Any = None
 
@@ -62,6 +65,10 @@ class Run:
             graph, flat, timeline = recorder.finish()
             if recorder.saved:
                 warn_of_edits_that_show(recorder, flat, timeline)
+            if not self._blocking:
+                self._send(graph)
+                return
+            if recorder.saved:
                 results = recorder.target.run(
                     graph,
                     recorder.prompts,
@@ -71,13 +78,31 @@ class Run:
                 )
                 fill(recorder, results)
         except PellucidError as error:
-            recorder.at_users_line(error)
-            self._fail(f"has no value: its job failed ({error})")
+            self._failed(error)
             raise error from None  # torch's own traceback of a local run says nothing more
         except BaseException as error:
             self._fail(f"has no value: its run was ended by {type(error).__name__}")
             raise
-        recorder.close("was not saved, so it is gone: .save() it inside the block")
+        self._end()
+
+    def _send(self, graph: Graph) -> None:
+        """Leave the run to its job, which fills the saved names when its result is asked for."""
+        recorder = self.recorder
+        assert isinstance(recorder.target, RemoteModel)
+        self.job = recorder.target.submit(graph, recorder.literals, progress=self._progress)
+        self.job.then(self._completed, self._failed)
+        recorder.suspend(f"has no value yet: job {self.job.id} was not waited for; call tracer.job.result()")
+
+    def _completed(self, results: Mapping[str, Any]) -> None:
+        fill(self.recorder, results)
+        self._end()
+
+    def _failed(self, error: PellucidError) -> None:
+        self.recorder.at_users_line(error)
+        self._fail(f"has no value: its job failed ({error})")
+
+    def _end(self) -> None:
+        self.recorder.close("was not saved, so it is gone: .save() it inside the block")
 
     def _started(self, job: Job) -> None:
         self.job = job

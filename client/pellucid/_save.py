@@ -7,6 +7,7 @@ from typing import Any
 
 from pellucid_shared.errors import GraphError
 from pellucid_shared.graph import SAVE, Each
+from pellucid_shared.values import substitute
 
 from ._backend import backend
 from ._call import graph_value, recorder_of, values_in
@@ -55,34 +56,29 @@ def save_node(recorder: Recorder, kept: Any, saved: Any, name: str | None) -> No
     recorder.save_names[chosen] = node
 
 
+def received(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results by name as users get them: torch tensors where torch is installed, numpy arrays elsewhere, and
+    lists, tuples and dicts of them."""
+    return {name: substitute(result, backend().received) for name, result in results.items()}
+
+
 def fill(recorder: Recorder, results: Mapping[str, Any]) -> None:
     """Give every saved value its result; a step that never ran has none."""
     for name, node in recorder.save_names.items():
         if name in results:
             _fill(recorder.saved[node], results[name])
         else:
-            recorder.lost |= {value.ref(recorder).node for value in values_in(recorder.saved[node])}
+            recorder.lost |= {value._node for value in values_in(recorder.saved[node])}
 
 
 def _fill(value: Any, result: Any) -> None:
     if isinstance(value, Value):
         backend().fill(value, result)
     elif isinstance(value, StepList | GrowingList):
-        value.fill([_plain(member) for member in result])
+        value.fill(substitute(result, backend().received))
     elif isinstance(value, list | tuple):
         for member, part in zip(value, result, strict=True):
             _fill(member, part)
     elif isinstance(value, dict):
         for key, member in value.items():
             _fill(member, result[key])
-
-
-def _plain(result: Any) -> Any:
-    """A result as the plain thing it is: tensors (arrays where torch is absent), numbers, strings."""
-    if isinstance(result, list):
-        return [_plain(v) for v in result]
-    if isinstance(result, tuple):
-        return tuple(_plain(v) for v in result)
-    if isinstance(result, dict):
-        return {k: _plain(v) for k, v in result.items()}
-    return backend().plain(result)

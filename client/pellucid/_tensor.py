@@ -132,8 +132,11 @@ class TorchBackend:
         value.__dict__.update(_recorder=recorder, _node=node)
         return value
 
+    def received(self, result: Any) -> Any:
+        return _values.to_torch(result) if isinstance(result, WireTensor) else result
+
     def fill(self, value: Any, result: Any) -> None:
-        tensor = _values.to_torch(result) if isinstance(result, WireTensor) else result
+        tensor = self.received(result)
         original = value.__dict__.pop("_adopted", None)
         _forget(value)
         if original is not None:
@@ -141,9 +144,6 @@ class TorchBackend:
         else:
             value.data = tensor
         value.value = value.detach()
-
-    def plain(self, result: Any) -> Any:
-        return _values.to_torch(result) if isinstance(result, WireTensor) else result
 
     def adopt(self, recorder: Recorder, target: Any) -> Any:
         if type(target) is not torch.Tensor or target.requires_grad:

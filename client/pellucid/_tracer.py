@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pellucid_shared.errors import InputError, PellucidError, RecordingError
 from pellucid_shared.graph import Generation, Graph
 
+from ._files import Experiment
 from ._inputs import Prompt, prompt
 from ._later import SESSION, TRACER, refuse
 from ._lines import at_users_line, users_line
@@ -19,8 +20,8 @@ from ._steps import GrowingList, Steps, StepsBody, advance
 from ._target import Target
 
 if TYPE_CHECKING:
+    from ._job import Job
     from ._model import LanguageModel
-    from ._remote import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class TraceOptions:
     generation: Generation | None = None
     seed: int = 0
     progress: bool = True
+    blocking: bool = True
+
+    def run(self, recorder: Recorder) -> Run:
+        """What carries the job out that the recorder writes."""
+        return Run(recorder, self.progress, self.blocking)
 
 
 class Session:
@@ -41,8 +47,8 @@ class Session:
         job: the job a server has for it; None for local runs and before the block ends.
     """
 
-    def __init__(self, model: LanguageModel, target: Target, *, progress: bool) -> None:
-        self.run = Run(Recorder(model.name, target, model), progress)
+    def __init__(self, model: LanguageModel, target: Target, options: TraceOptions) -> None:
+        self.run = options.run(Recorder(model.name, target, model))
         self.run.recorder.session = self
         self._model = model
 
@@ -54,6 +60,11 @@ class Session:
     def graph(self) -> Graph:
         """The graph as written so far; after the block, what was run."""
         return self.run.recorder.graph()
+
+    @property
+    def experiment(self) -> Experiment:
+        """The graph with the tensors of the user's that it names; ``pellucid.save_experiment`` stores it."""
+        return self.run.recorder.experiment()
 
     def trace(self, *inputs: Any, **options: Any) -> Tracer:
         """The same as ``model.trace``, in this session."""
@@ -89,6 +100,7 @@ class Tracer:
 
     Attributes:
         job: the job a server has for it, also where it failed; None for local runs and before the block ends.
+            With ``blocking=False`` the block ends once it is sent, and ``tracer.job.result()`` waits for it.
 
     Ctrl-C while the run is waited for cancels the job on the server, or ends the pass in this process, and
     passes; the saved names then say that they have no value.
@@ -103,9 +115,7 @@ class Tracer:
         *,
         session: Session | None = None,
     ) -> None:
-        self._run = (
-            session.run if session is not None else Run(Recorder(model.name, target, model), options.progress)
-        )
+        self._run = session.run if session is not None else options.run(Recorder(model.name, target, model))
         self._recorder = self._run.recorder
         self._own = session is None
         self._given, self._options = given, options
@@ -140,6 +150,11 @@ class Tracer:
     def list(self) -> GrowingList:
         """A list that bodies for several steps append to; save it to have it back."""
         return GrowingList(self._recorder)
+
+    @property
+    def experiment(self) -> Experiment:
+        """The graph with the tensors of the user's that it names; ``pellucid.save_experiment`` stores it."""
+        return self._recorder.experiment()
 
     def invoke(self, *inputs: Any) -> Invocation:
         """``with tracer.invoke(prompt):`` one input of the pass; the body sees only its rows and tokens.

@@ -22,6 +22,7 @@
     |  +- JobCancelledError
     |  +- JobTimeoutError
     |  +- WorkerLostError         the worker died under the job
+    +- JobTimeout                 a wait ended before its job, which goes on
     +- UnavailableError           the server cannot take the job now
     +- ConnectionFailedError      the server cannot be reached
     +- ValueNotReadyError         a value used before, or after a failed, run
@@ -174,6 +175,10 @@ class JobTimeoutError(JobError):
 
 class WorkerLostError(JobError):
     slug, title = "worker-lost", "The worker died under the job"
+
+
+class JobTimeout(PellucidError, TimeoutError):
+    slug, title, status = "wait-timeout", "A wait ended before its job did", 504
 
 
 class UnavailableError(PellucidError):

@@ -33,7 +33,7 @@ from .regions import (
     json_object,
     traces,
 )
-from .values import Ref, Site, TensorRef, Value, contains, decode, dumps, encode, refs
+from .values import Ref, Site, TensorRef, Value, decode, dumps, encode, refs, substitute
 
 VERSION = 1
 MAX_BYTES = 8 * 2**20
@@ -131,9 +131,18 @@ class Graph:
                 names[position] = node.args[1] if len(node.args) > 1 else f"saved_{len(names)}"
         return names
 
-    def names_literals(self) -> bool:
-        """Whether any node names a tensor of the request's safetensors part."""
-        return any(contains(v, TensorRef) for n in self.nodes for v in (*n.args, *n.kwargs.values()))
+    def literals(self) -> set[str]:
+        """Digests of the tensors the nodes name: those of the request's safetensors part."""
+        found: set[str] = set()
+
+        def leaf(value: Value) -> Value:
+            if isinstance(value, TensorRef):
+                found.add(value.digest)
+            return value
+
+        for node in self.nodes:
+            substitute([*node.args, *node.kwargs.values()], leaf)
+        return found
 
     @property
     def traces(self) -> tuple[Trace, ...]:

@@ -107,7 +107,7 @@ def pack(structure: Any) -> bytes:
     return _serialize({str(i): t for i, t in enumerate(tensors)}, {_STRUCTURE: plain})
 
 
-def unpack(data: bytes) -> Any:
+def unpack(data: bytes | bytearray) -> Any:
     """The structure in a file made by :func:`pack`, tensors as WireTensors over ``data``'s bytes.
 
     Raises:
@@ -139,9 +139,9 @@ def unpack(data: bytes) -> Any:
         raise RequestError(f"the structure in the safetensors file cannot be read: {error.message}") from None
 
 
-def pack_tensors(tensors: Mapping[str, WireTensor]) -> bytes:
-    """The safetensors part of a request: the literals of a graph, by digest."""
-    return _serialize(tensors, {})
+def pack_tensors(tensors: Mapping[str, WireTensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Tensors by name as one safetensors file: the literals of a graph by digest, results by save name."""
+    return _serialize(tensors, dict(metadata or {}))
 
 
 def unpack_tensors(data: bytes) -> dict[str, WireTensor]:
@@ -191,7 +191,7 @@ def _serialize(tensors: Mapping[str, WireTensor], metadata: dict[str, str]) -> b
     return b"".join([len(text).to_bytes(8, "little"), text, *(t.data for t in tensors.values())])
 
 
-def _deserialize(data: bytes) -> tuple[dict[str, WireTensor], dict[str, str]]:
+def _deserialize(data: bytes | bytearray) -> tuple[dict[str, WireTensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file: 8 bytes of header length, JSON header, data without gaps.
 
     Source: https://huggingface.co/docs/safetensors (format). Written out here because the library's reader

@@ -80,6 +80,17 @@ def _steps(each: Each) -> str:
     return f"{each.steps}{' if it runs' if each.optional else ''}"
 
 
+def statements(graph: Graph) -> list[str]:
+    """The line of each node."""
+    names = graph.save_names()
+    return [_statement(i, n, names) for i, n in enumerate(graph.nodes)]
+
+
+def tensor_name(digest: str) -> str:
+    """A tensor of the request's safetensors part as a graph's lines name it."""
+    return f"tensor<{digest.removeprefix('sha256:')[:8]}>"
+
+
 def _invoke(invoke: Invoke) -> str:
     text = repr(invoke.input)
     text = text if len(text) <= 90 else text[:87] + "..."
@@ -121,7 +132,7 @@ def _text(value: Value) -> str:
     if isinstance(value, Ref):
         return f"v{value.node}"
     if isinstance(value, TensorRef):
-        return f"tensor<{value.digest.removeprefix('sha256:')[:8]}>"
+        return tensor_name(value.digest)
     if isinstance(value, DType):
         return f"torch.{value.name}"
     if isinstance(value, Device):

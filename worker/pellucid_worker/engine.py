@@ -77,7 +77,8 @@ class Engine:
             notify: told of tokens as they are chosen; called in the thread that runs.
 
         Returns:
-            Saved structures by name; tensors are on the CPU, contiguous, with memory of their own.
+            Saved structures by name, in program order; tensors are on the CPU, contiguous, with memory of
+            their own.
 
         Raises:
             GraphError: the graph does not fit the model; ``node`` is set.
@@ -96,9 +97,10 @@ class Engine:
             runtime.apply, runtime.device = run.apply, device
             runtime.generators = [_generator(device, t.seed) for t in plan.flat.traces]
             try:
-                return run.execute()
+                saved = run.execute()
             finally:
                 del runtime.apply  # the plan is kept; the run and its tensors are not
+        return {name: saved[name] for name in graph.save_names().values() if name in saved}
 
     @property
     def _pad(self) -> int:

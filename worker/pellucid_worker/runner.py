@@ -106,7 +106,7 @@ class Runner:
             self._turn.release()
 
     def _literals(self, job: str, graph: Graph) -> dict[str, Any]:
-        if not graph.names_literals():
+        if not graph.literals():
             return {}
         try:
             return unpack_tensors(self._store.get(keyspace.upload(job)))
