@@ -64,9 +64,16 @@ def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: b
         prefill=prefill,
         decode=decode,
         has_tokenizer=has_tokenizer,
-        config=json.loads(config.to_json_string(use_diff=False)),
+        config=_config(config),
         versions=_versions(),
     )
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """The config as JSON, also under the names that transformers has for every architecture
+    (``attribute_map``: ``hidden_size`` of GPT-2 is its ``n_embd``)."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {**found, **{name: found[own] for name, own in config.attribute_map.items() if own in found}}
 
 
 def _modules(model: torch.nn.Module) -> list[ModuleInfo]:
