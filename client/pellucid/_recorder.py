@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any, TypeAlias
 
@@ -25,8 +25,8 @@ from pellucid_shared.specs import Spec, TensorSpec
 from pellucid_shared.storage import Timeline, timeline
 from pellucid_shared.values import Site, TensorRef
 
-from ._inputs import Prompt
-from ._lines import users_line
+from ._inputs import Prompt, check_ids
+from ._lines import at_users_line, users_line
 from ._target import Target
 
 #: Two unlike sets of placeholders: a spec that is the same under both depends on no token count.
@@ -56,6 +56,8 @@ class Recorder:
         last_set: position of the last ``site.set`` of each site.
         unread: structures of each (module, kind, invoke) whose members may not be read yet.
         save_names: name of each saved value -> position of its ``save`` node.
+        endings: what is still to be read when the body that is being written ends.
+        tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
     """
 
     def __init__(self, model: str, target: Target, owner: object) -> None:
@@ -72,6 +74,8 @@ class Recorder:
         self.last_set: dict[Site, int] = {}
         self.unread: dict[tuple[str, str, int], weakref.WeakSet[Any]] = {}
         self.save_names: dict[str, int] = {}
+        self.endings: list[Callable[[], None]] = []
+        self.tuple_outputs = False
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []
         self._bounds: list[dict[str, Any] | None] = []
@@ -90,19 +94,17 @@ class Recorder:
         """Add an invoke; its index. Texts are tokenized at once where that costs no trip.
 
         Raises:
-            InputError: an id the model's vocabulary does not have, or text for a model without tokenizer.
+            InputError: an id the model's vocabulary does not have, text for a model without tokenizer, or
+                more tokens than the model takes.
         """
         if prompt.tokens is None and not self.card.has_tokenizer:
             raise InputError(f"{self.model} has no tokenizer; give it token ids instead of text")
+        if prompt.chats is not None:
+            prompt.rendered(self.target.render(prompt.chats))
         self.prompts.append(prompt)
         if prompt.tokens is None and not self.target.distant:
             prompt.tokenized(self.target.tokenize(prompt.texts))
-        highest = max((max(row) for row in prompt.ids or []), default=0)
-        if highest >= self.card.vocab_size:
-            count = self.card.vocab_size
-            raise InputError(
-                f"token id {highest} is not in the vocabulary of {self.model}, which has {count}"
-            )
+        check_ids(prompt, self.card)
         return len(self.prompts) - 1
 
     def add(self, op: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> int:
@@ -146,6 +148,15 @@ class Recorder:
             )
         return self.invoke
 
+    def end_invoke(self) -> None:
+        """End the body that is being written: what was to be read at its end is read now."""
+        endings, self.endings = self.endings, []
+        try:
+            for ending in endings:
+                ending()
+        finally:
+            self.invoke = None
+
     def shows(self, node: int, site: Site) -> bool:
         """Whether a node's value is the very tensor that is at the site now."""
         made = self.nodes[node]
@@ -182,6 +193,10 @@ class Recorder:
         assert isinstance(spec, TensorSpec)
         return spec.shape[axis]
 
+    def spec_of(self, node: Node, specs: Sequence[Spec], sizes: Sequence[tuple[int, int]]) -> Spec:
+        """The spec a node would have after nodes of these specs, with these sizes of the invokes."""
+        return self._check(node, specs, sizes)[0]
+
     def unknown_axes(self, node: int) -> tuple[int, ...] | None:
         """The axes of a tensor whose sizes depend on an unknown token count; None where the spec as a
         whole does."""
@@ -197,10 +212,13 @@ class Recorder:
             GraphError: with true sizes a node does not fit; ``where`` is its own line.
         """
         pending = [prompt for prompt in self.prompts if prompt.tokens is None]
-        ids = self.target.tokenize([text for prompt in pending for text in prompt.texts])
+        with at_users_line():
+            ids = self.target.tokenize([text for prompt in pending for text in prompt.texts])
         for prompt in pending:
             count = len(prompt.texts)
-            prompt.tokenized(ids[:count])
+            with at_users_line():
+                prompt.tokenized(ids[:count])
+                check_ids(prompt, self.card)
             ids = ids[count:]
             assert prompt.ids is not None
             prompt.invoke = Invoke(prompt.ids[0] if isinstance(prompt.invoke.input, str) else prompt.ids)
