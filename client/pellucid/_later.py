@@ -29,14 +29,10 @@ PACKAGE = {
 MODEL = {
     "generate": f"generation; {_ONE_PASS}",
     "generator": f"generation; {_ONE_PASS}",
-    "forward": "the founding spelling of model.trace(); write `with model.trace() as tracer:`",
     "session": "several traces in one job; save what the next trace needs, and use it there",
     "edit": "interventions that stay; write them in each trace",
     "clear_edits": "interventions that stay; write them in each trace",
-    "scan": "a run on shapes only; .shape and .dtype of values are known inside the block of a trace",
     "sweep": "one experiment over many settings; loop over traces, or give trace several invokes",
-    "rename": "names of your own for modules; print(model) shows the model's",
-    "get": "sites by their path; write model.layers[3].output",
     "std": "standard names of modules; print(model) shows the model's",
 }
 MODULE = {
@@ -54,8 +50,6 @@ VALUE = {
     "requires_grad_": _NO_GRADIENTS,
     "retain_grad": _NO_GRADIENTS,
     "register_hook": _NO_GRADIENTS,
-    "token": "the token axis counted from the prompt; index that axis itself: x[:, i]",
-    "t[...]": "the token axis counted from the prompt; index that axis itself: x[:, i]",
     "original": "the value before every edit; take .clone() of it before the edit",
 }
 TRACER = {
@@ -65,12 +59,8 @@ TRACER = {
     "all": _NO_STEPS,
     "result": f"generation; {_ONE_PASS}",
     "output": "the output kept without save; write model.output.save()",
-    "cache": "every module's output at once; save those that are wanted",
-    "save_all": "every module's output at once; save those that are wanted",
     "log": "values shown while the model runs; save them and print them after the block",
     "print": "values shown while the model runs; save them and print them after the block",
-    "apply": "functions over values; call the function itself, it is recorded as it runs",
-    "barrier": "it is not needed: values cross from one invoke to the next by their names",
     "list": "lists filled on the server; append values to a Python list and save it",
     "cond": _NO_FLOW,
     "select": _NO_FLOW,
@@ -82,15 +72,10 @@ JOB = dict.fromkeys(
     ("status", "wait", "result", "events"), "following a job by hand; job.record() shows how it stands"
 )
 TRACE_OPTIONS = {
-    "scan": MODEL["scan"],
-    "validate": MODEL["scan"],
     "blocking": PACKAGE["Job"],
     "exclusive": "a run of one's own; the pass is shared only with the trace's own invokes",
     "seed": "seeds of one's own; random ops draw from a fixed one",
-    "tuple_outputs": "the old meaning of .output[0]; print(model) shows what each module returns",
-    "trace": "a run without a block; save model.output inside one",
 }
-MODEL_OPTIONS = {"rename": MODEL["rename"], "tuple_outputs": TRACE_OPTIONS["tuple_outputs"]}
 
 
 def refuse(names: Mapping[str, str], name: str, spelling: str) -> None:

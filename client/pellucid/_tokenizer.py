@@ -336,14 +336,15 @@ def _remembered(
     known: dict[Any, Any], keys: Sequence[Any], ask: Callable[[list[Any]], list[Any]]
 ) -> list[Any]:
     """The answer to each key; ``ask`` is given those that are not known, once each."""
-    missing = [key for key in dict.fromkeys(keys) if key not in known]
+    have = {key: known.get(key) for key in keys}
+    missing = [key for key, answer in have.items() if answer is None]
     parts = [missing[i : i + _ASKED] for i in range(0, len(missing), _ASKED)]
     fresh = {k: answer for part in parts for k, answer in zip(part, ask(part), strict=True)}
-    answers = [fresh[key] if key in fresh else known[key] for key in keys]
+    have.update(fresh)
     if len(known) + len(fresh) > _KEPT:
         known.clear()
     known.update(fresh)
-    return answers
+    return [have[key] for key in keys]
 
 
 def _plain(ids: Any) -> Any:

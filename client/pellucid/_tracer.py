@@ -10,6 +10,7 @@ from pellucid_shared.errors import InputError, PellucidError, RecordingError
 from pellucid_shared.graph import Graph
 
 from ._backend import backend
+from ._body import Body
 from ._inputs import Prompt, prompt
 from ._later import TRACER, refuse
 from ._lines import at_users_line, users_line
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ._remote import Job
 
 
-class Tracer:
+class Tracer(Body):
     """One trace.
 
     Inside the block modules' sites are read and written, and values saved; at its end the graph is built
@@ -71,7 +72,7 @@ class Tracer:
 
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"tracer.{name}")
-        raise AttributeError(f"a tracer has no {name!r}; it has invoke(), graph and job")
+        raise AttributeError(f"a tracer has no {name!r}; it has invoke(), cache(), save_all(), graph, job")
 
     def __enter__(self) -> Tracer:
         self._token = enter(self._recorder)
@@ -103,8 +104,8 @@ class Tracer:
 
     def _run(self) -> None:
         recorder = self._recorder
-        recorder.invoke = None
         try:
+            recorder.end_invoke()
             if not recorder.prompts:
                 raise InputError(
                     "this trace has no input: give one to model.trace(prompt), or open "
@@ -138,7 +139,7 @@ class Tracer:
         self._recorder.close(reason)
 
 
-class Invocation:
+class Invocation(Body):
     """One input of a trace, and the block that is written about it."""
 
     def __init__(self, recorder: Recorder, given: Prompt) -> None:
@@ -160,7 +161,11 @@ class Invocation:
         refuse(TRACER, name, f"invoker.{name}")
         raise AttributeError(f"an invoke has no {name!r}")
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            with at_users_line():
+                self._recorder.end_invoke()
+        self._recorder.endings.clear()
         self._recorder.invoke = None
 
 
