@@ -142,6 +142,26 @@ def test_where_the_tokens_are_is_followed_through_what_is_computed() -> None:
     ]
 
 
+@pytest.mark.parametrize("parts", [(2, 4), (2, -1), (-1, 4)])
+def test_shapes_may_be_written_with_the_prompts_own_numbers(parts: tuple[int, int]) -> None:
+    def body(h: Any) -> None:
+        assert h.view(2, 6, *parts).t[1].shape == (2, 2, 4)
+        assert h.reshape(2, 6, *parts).t[[0, 1]].shape == (2, 2, 2, 4)
+
+    written(body, [[1, 2, 3, 4, 5, 6], [1, 2, 3]])
+
+
+def test_an_axis_that_has_the_size_of_the_prompt_by_chance_is_not_its_tokens() -> None:
+    model: Any = CardModel()  # of hidden size 8
+
+    def body() -> None:
+        h = model.h[0].output
+        assert h.mean(1).shape == (1, 8)
+        _ = h.mean(1).t[0]
+
+    refused(model, ShapeError, "has no token axis", body, [1, 2, 3, 4, 5, 6, 7, 8])
+
+
 def test_rows_that_are_moved_are_taken_apart() -> None:
     def body(h: Any) -> None:
         assert h.transpose(1, 2).t[0].shape == (2, 8)

@@ -20,6 +20,7 @@ import torch
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from hand_card import hand_card
@@ -54,13 +55,23 @@ def engine(name: str, tokenizer: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def url(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def begins(theirs: Any) -> Any:
+    """A tokenizer that begins every text with a special token."""
+    tokenizer = AutoTokenizer.from_pretrained(theirs.name_or_path)
+    special = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    single = f"{tokenizer.bos_token} $A"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def url(theirs: Any, begins: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     store = tmp_path_factory.mktemp("store")
     with running_redis() as redis_url, redis.Redis.from_url(redis_url) as client:
         plain = AutoTokenizer.from_pretrained(theirs.name_or_path)
         plain.chat_template = None
-        registered = [Registration(client, name, "nowhere") for name in ("smol", "plain", "none")]
-        for one, tokenizer in zip(registered, (theirs, plain, None), strict=True):
+        registered = [Registration(client, name, "nowhere") for name in ("smol", "plain", "begins", "none")]
+        for one, tokenizer in zip(registered, (theirs, plain, begins, None), strict=True):
             one.ready(engine(one._model, tokenizer))
             client.zadd(one._workers, {"worker": time.time() + 3600})
         port = free_port()
@@ -113,6 +124,22 @@ def test_every_id_is_decoded_as_by_transformers(ours: Any, theirs: Any, ids: lis
     assert ours.batch_decode([ids, ids[:1]], skip_special_tokens=skip) == theirs.batch_decode(
         [ids, ids[:1]], skip_special_tokens=skip
     )
+
+
+def test_special_tokens_are_added_as_the_tokenizer_does_and_not_to_chats(url: str, begins: Any) -> None:
+    model: Any = LanguageModel("begins", remote=url)
+    ours, bos = model.tokenizer, begins.bos_token_id
+    assert ours("Paris")["input_ids"] == begins("Paris")["input_ids"] == [bos, *ours.encode("Paris", False)]
+    assert ours.encode("Paris", add_special_tokens=False) == begins.encode("Paris", add_special_tokens=False)
+    with model.trace(["Paris", "Paris is"]) as tracer:
+        assert model.h[0].output.shape == (2, 3, 8)
+    assert tracer.graph.regions[0].invokes[0].input == begins(["Paris", "Paris is"])["input_ids"]
+    wanted = begins.apply_chat_template(CHAT, return_dict=False)
+    assert wanted[:2].count(bos) == 1
+    assert ours.apply_chat_template(CHAT).input_ids == wanted
+    with model.trace(CHAT) as tracer:
+        pass
+    assert tracer.graph.regions[0].invokes[0].input == wanted
 
 
 def test_ids_come_in_every_form(ours: Any, theirs: Any) -> None:

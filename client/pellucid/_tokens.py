@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: Stand for the numbers of rows and of tokens: an axis of such a size is that axis.
 _ROWS, _TOKENS = 1_009, 10_007
 
+#: Ops that take a shape as their second argument.
+_SHAPED = ("tensor.view", "torch.reshape", "tensor.expand")
+
 #: Positions along the tokens of one row: one of them, or several.
 Positions = int | list[int]
 
@@ -120,21 +123,32 @@ def token_axes(value: Operators) -> Axes:
         )
     (invoke,) = invokes
     prompt = recorder.prompts[invoke]
+    several: list[int] = []
     for rows in (_ROWS, prompt.rows):
         spec = _spec_at(recorder, node, before, invoke, (rows, _TOKENS))
-        if isinstance(spec, TensorSpec):
-            tokens, batches = _axes_of(spec, _TOKENS), _axes_of(spec, rows)
+        if isinstance(spec, TensorSpec) and (tokens := _axes_of(spec, _TOKENS)):
+            batches = _axes_of(spec, rows)
+            batch = batches[0] if batches and (rows == _ROWS or batches[0] == 0) else None
             if len(tokens) == 1:
-                batch = batches[0] if batches and (rows == _ROWS or batches[0] == 0) else None
                 return Axes(batch, tokens[0], recorder, prompt)
-            raise ShapeError(
-                f"{value} has {_counted(tokens)}; index the axis you mean itself, x[:, i]", where=users_line()
-            )
-    shape = tuple(value.shape)  # a size of this prompt was written as a number: only its own shape is known
-    if shape[:2] == (prompt.rows, prompt.tokens):
+            several = tokens
+            break
+    own = (prompt.rows, prompt.tokens)
+    if not several and _is_counted_out(recorder, before, prompt) and tuple(value.shape)[:2] == own:
         return Axes(0, 1, recorder, prompt)
-    raise ShapeError(
-        f"which axis of {value} counts tokens cannot be told; index it itself, x[:, i]", where=users_line()
+    has = f"several axes that count tokens, {several}" if several else "no token axis"
+    raise ShapeError(f"{value} has {has}; index the axis you mean itself, x[:, i]", where=users_line())
+
+
+def _is_counted_out(recorder: Recorder, before: Sequence[int], prompt: Prompt) -> bool:
+    """Whether a shape on the way was written with this prompt's numbers, ``h.view(2, 6, 8, -1)``: it says
+    nothing of other numbers."""
+    return any(
+        prompt.tokens in recorder.nodes[i].args[1]
+        for i in before
+        if recorder.nodes[i].op in _SHAPED
+        and len(recorder.nodes[i].args) > 1
+        and isinstance(recorder.nodes[i].args[1], tuple)
     )
 
 
@@ -165,10 +179,6 @@ def _spec_at(recorder: Recorder, node: int, before: Sequence[int], invoke: int, 
 
 def _axes_of(spec: TensorSpec, size: int) -> list[int]:
     return [axis for axis, have in enumerate(spec.shape) if have == size and not isinstance(have, Dim)]
-
-
-def _counted(tokens: list[int]) -> str:
-    return f"several axes that count tokens, {tokens}" if tokens else "no token axis"
 
 
 def _same_in_all(axes: Axes, index: Any) -> tuple[Any, ...] | None:
