@@ -78,9 +78,11 @@ def test_the_founding_example_runs_word_for_word(model: Any, plain: Any, name: s
             h = layers(model, name)[-1].output[0]
             assert h.shape == (1, 6, 32)
             hidden = h.save()
+            row = h[0].save()
             tokens = torch.softmax(model.lm_head.output, dim=2).argmax(dim=2).save()
             everything = invoker.save_all()
     wanted = forward(plain, torch.tensor(IDS)).logits
+    close(row, hidden[0])
     close(hidden.value, capture(plain, torch.tensor(IDS), f"{NAMES[name]}.1"))
     assert torch.equal(tokens.value, wanted.softmax(2).argmax(2))
     close(runner.output.logits, wanted)
