@@ -101,9 +101,19 @@ def patterns(torch: Any, model: Any) -> None:
     einops.pack([h, h], "b * d")[0].save()
 
 
+def tokens(torch: Any, model: Any) -> None:
+    h = model.h[0].output
+    h.t[0].save()
+    h.token[[0, -1]].save()
+    h.mean(-1).t[1:3].save()
+    h.t[0] = 1
+    h.t[-1] *= 2
+    torch.exp(h)[0, :].t().save()
+
+
 BODIES: dict[str, Body] = {
     body.__name__: body
-    for body in (operators, indexing, functions, dtypes, writes, structures, sizes, patterns)
+    for body in (operators, indexing, functions, dtypes, writes, structures, sizes, patterns, tokens)
 }
 
 

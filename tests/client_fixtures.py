@@ -30,6 +30,14 @@ class CardTarget:
         self.trips.append(list(texts))
         return [[ord(c) % self.card.vocab_size for c in text] for text in texts]
 
+    def render(self, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        self.trips.append(["chats"])
+        return self.tokenize(["".join(f"{m['role'][0]}{m['content']}" for m in chat) for chat in chats])
+
+    @property
+    def tokenizer(self) -> None:
+        """None: what this target tokenizes by has no name."""
+
     def run(
         self, graph: Graph, prompts: Sequence[Any], literals: Mapping[str, Any], **_: Any
     ) -> dict[str, Any]:
@@ -47,9 +55,10 @@ class CardModel(LanguageModel):
         *,
         distant: bool = True,
         answer: Callable[[Graph], dict[str, Any]] | None = None,
+        **options: Any,
     ) -> None:
         self._made = CardTarget(card or hand_card(), distant=distant, answer=answer)
-        super().__init__("m", remote=False)
+        super().__init__("m", remote=False, **options)
 
     @property
     def made(self) -> CardTarget:

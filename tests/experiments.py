@@ -150,6 +150,30 @@ def logit_lens(model: Any, arch: Arch) -> Saved:
     return {f"layer{i}": head(norm(at(model, arch.layer(i)).output))[:, -1].save() for i in (0, 1)}
 
 
+@experiment(
+    lambda m, a, ids: {
+        "first": capture(m, ids, a.layer(1))[:, 0],
+        "last": capture(m, ids, a.layer(1))[:, -1],
+        "some": capture(m, ids, a.layer(1))[:, [0, 2]],
+        "middle": capture(m, ids, a.layer(1))[:, 1:-1],
+        "gram": torch.einsum("btd,bsd->bts", *[capture(m, ids, a.layer(1))] * 2).mean(-1)[:, 1],
+        "turned": capture(m, ids, a.layer(1)).transpose(1, 2)[:, :, 1],
+        "t()": capture(m, ids, a.layer(1))[0].t(),
+    }
+)
+def index_tokens_of_a_layer(model: Any, arch: Arch) -> Saved:
+    h = at(model, arch.layer(1)).output
+    return {
+        "first": h.t[0].save(),
+        "last": h.token[-1].save(),
+        "some": h.token[[0, 2]].save(),
+        "middle": h.t[1:-1].save(),
+        "gram": torch.einsum("btd,bsd->bts", h, h).mean(-1).t[1].save(),
+        "turned": h.transpose(1, 2).t[1].save(),
+        "t()": h[0, :].t().save(),
+    }
+
+
 # --- writes ------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +300,24 @@ def _patch_forwards(m: torch.nn.Module, a: Arch, ids: torch.Tensor) -> Saved:
 @experiment(_patch_forwards)
 def carry_an_early_layer_to_a_late_one(model: Any, arch: Arch) -> Saved:
     at(model, arch.layer(1)).output = at(model, arch.layer(0)).output
+    return {"logits": at(model, arch.head).output.save()}
+
+
+def _first_and_last(h: torch.Tensor) -> torch.Tensor:
+    return _set(_set(h, (slice(None), 0), 1.5), (slice(None), -1, slice(0, 3)), 9.0)
+
+
+@experiment(_edit(lambda a: a.layer(0), _first_and_last))
+def edit_tokens_of_a_layer(model: Any, arch: Arch) -> Saved:
+    h = at(model, arch.layer(0)).output
+    h.t[0] = 1.5
+    h.token[-1][:, :3] = 9.0
+    return {"logits": at(model, arch.head).output.save()}
+
+
+@experiment(_edit(lambda a: a.layer(0), lambda h: _set(h, (slice(None), [0, 2]), h[:, [0, 2]] * 2)))
+def augmented_assignment_on_tokens(model: Any, arch: Arch) -> Saved:
+    at(model, arch.layer(0)).output.t[[0, 2]] *= 2
     return {"logits": at(model, arch.head).output.save()}
 
 

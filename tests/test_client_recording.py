@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 import pellucid
 from client_fixtures import CardModel, refused
@@ -320,6 +321,9 @@ def test_here_the_tokenizer_costs_nothing_and_is_asked_at_once() -> None:
     assert tracer.graph.regions[0].invokes == (Invoke("hello"),)
 
 
+HI = {"role": "user", "content": "hi"}
+
+
 # --- inputs -----------------------------------------------------------------------------------------------
 
 
@@ -338,6 +342,22 @@ def test_here_the_tokenizer_costs_nothing_and_is_asked_at_once() -> None:
         (
             {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[0, 1]])},
             Invoke([[1, 2]], [[0, 1]]),
+        ),
+        ([torch.tensor([1, 2]), torch.tensor([3])], Invoke([[1, 2], [3]])),
+        ([np.int64(1), torch.tensor(2)], Invoke([1, 2])),
+        (
+            {"input_ids": np.array([[1, 2]]), "attention_mask": np.array([[True, True]])},
+            Invoke([[1, 2]], [[1, 1]]),
+        ),
+        ({"input_ids": [[1, 2]], "attention_mask": [[0.0, 1.0]]}, Invoke([[1, 2]], [[0, 1]])),
+        ({"input_ids": [1, 2], "attention_mask": [1, 1]}, Invoke([[1, 2]], [[1, 1]])),
+        ({"input_ids": [[1, 2]], "attention_mask": None}, Invoke([[1, 2]])),
+        ({"input_ids": [[1, 2]], "token_type_ids": [[0, 0]]}, Invoke([[1, 2]])),
+        (BatchEncoding({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}), Invoke([[1, 2]], [[1, 1]])),
+        ([{"role": "user", "content": "hi"}], Invoke([17, 4, 5])),
+        (
+            [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "o"}]],
+            Invoke([[17, 4, 5], [17, 11]]),
         ),
     ],
 )
@@ -364,20 +384,48 @@ def test_every_form_of_input_has_one_form_in_the_graph(given: Any, invoke: Invok
         ({"attention_mask": [[1]]}, InputError, "holds input_ids"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, InputError, "one shape"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1, 2]]}, InputError, "only 0 and 1"),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": 1},
+            InputError,
+            "is rows of 0 and 1, found 1",
+        ),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[0, 0]]},
+            EmptyPromptError,
+            "leaves no token",
+        ),
+        ({"input_ids": [[1, 2]], "token_type_ids": [[0, 1]]}, InputError, "no 'token_type_ids'"),
+        ({"role": "user", "content": "hi"}, InputError, "a chat is a list of messages: write "),
+        ([{"content": "hi"}], InputError, "a chat is a list of messages, .* found {'content': 'hi'}"),
+        ([{"role": "user", "content": "hi"}, "hi"], InputError, "found 'hi'"),
+        ([[{"role": "user", "content": "hi"}], []], EmptyPromptError, "chat 1 of the batch has no messages"),
+        ([1] * 65, InputError, "the prompt has 65 tokens and m takes at most 64; shorten it"),
         ([50], InputError, "token id 50 is not in the vocabulary of m, which has 50"),
     ],
 )
 def test_inputs_that_cannot_be_used_say_why(given: Any, error: type[InputError], message: str) -> None:
     model = CardModel(answer=nothing)
-    with pytest.raises(error, match=message), model.trace(given):
+    with pytest.raises(error, match=message) as caught, model.trace(given):
         pass
+    assert str(caught.value).startswith(f"{__file__}:")
     assert model.made.graphs == []
 
 
+def test_a_text_that_turns_out_too_long_names_both_numbers_where_it_was_counted() -> None:
+    def body() -> None:
+        _ = model.h[0].output.shape  # counted
+
+    model = CardModel(answer=nothing)
+    error = refused(model, InputError, "the prompt has 65 tokens and m takes at most 64", body, "a" * 65)
+    number = int(str(error.where).rpartition(":")[2])
+    assert "# counted" in Path(__file__).read_text().splitlines()[number - 1]
+    here = CardModel(answer=nothing, distant=False)
+    with pytest.raises(InputError, match="65 tokens and m takes at most 64"), here.trace("a" * 65):
+        pass
+
+
 def test_unknown_options_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        InputError, match=r"no option 'remot'; it has remote, progress, blocking, seed\. Nearest: remote"
-    ):
+    with pytest.raises(InputError, match=r"no option 'remot'; it has remote, .*\. Nearest: remote"):
         CardModel().trace("hello", remot=True)
 
 

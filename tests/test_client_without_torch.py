@@ -78,6 +78,45 @@ assert "torch" not in sys.modules
 """)
 
 
+def test_caches_and_the_founding_spelling_work_without_torch() -> None:
+    without_torch("""
+import numpy as np
+from client_fixtures import CardModel
+from pellucid_shared.packing import WireTensor
+
+def answer(graph):
+    def made(part, node):
+        if isinstance(part, dict):
+            return {k: made(v, node) for k, v in part.items()}
+        if isinstance(part, tuple):
+            return tuple(made(v, node) for v in part)
+        tokens = 2 + 2 * graph.nodes[node].site.invoke
+        return None if part is None else WireTensor.from_numpy(np.ones((1, tokens, 3), dtype=np.float32))
+    names = graph.save_names()
+    site = {n: next(graph.nodes[n].refs()) for n in names}
+    return {name: made(graph.nodes[n].args[0], site[n]) for n, name in names.items()}
+
+model = CardModel(answer=answer)
+with model.trace([1, 2]) as tracer:
+    cache = tracer.cache()
+    everything = tracer.save_all()
+assert cache.h[0].output.shape == (1, 2, 3) and type(cache["h.0"].output.value) is np.ndarray
+assert everything["h.1"][0].sum() == 6 and everything["h.1"][1] is None
+
+with model.forward() as runner:
+    with runner.invoke([1, 2]):
+        h = model.h[0].output[0].save()
+    with runner.invoke([1, 2, 3, 4]):
+        pass
+assert h.value.shape == (1, 2, 3)
+logits = runner.output.logits
+assert logits.shape == (2, 4, 3) and logits[0].sum() == 6 and logits[0, :2].sum() == 0
+assert model.trace([1, 2], trace=False)["logits"].shape == (1, 2, 3)
+import sys
+assert "torch" not in sys.modules
+""")
+
+
 def test_errors_are_the_same_without_torch() -> None:
     out = without_torch("""
 from client_fixtures import CardModel

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pellucid
 from experiments import EXPERIMENTS, Arch, Experiment, at
+from pellucid_shared.errors import InputError
 from references import capture, first, forward, with_first
 from service import running_service
 
@@ -156,3 +157,163 @@ def test_remote_and_local_build_the_same_bytes(local: Any, service: str, name: s
             at(model, arch.head).output.save()
         graphs.append(tracer.graph.to_json())
     assert graphs[0] == graphs[1]
+
+
+RAGGED = [[5, 9, 31, 7, 2, 40], [11, 3, 8]]
+#: The same rows as a tokenizer pads them, on either side, with the mask that says so.
+PADDED: dict[str, Any] = {
+    "left": {
+        "input_ids": [RAGGED[0], [0, 0, 0, *RAGGED[1]]],
+        "attention_mask": [[1] * 6, [0, 0, 0, 1, 1, 1]],
+    },
+    "right": {
+        "input_ids": [RAGGED[0], [*RAGGED[1], 0, 0, 0]],
+        "attention_mask": [[1] * 6, [1, 1, 1, 0, 0, 0]],
+    },
+    "rows": RAGGED,
+}
+
+
+@pytest.mark.parametrize("padding", PADDED)
+def test_tokens_are_counted_from_each_rows_own_first_token(
+    model: Any, arch: Arch, plain: Any, name: str, padding: str
+) -> None:
+    layer = arch.layer(1)
+    with model.trace(PADDED[padding]):
+        h = at(model, layer).output
+        found = {
+            "first": h.t[0].save(),
+            "last": h.token[-1].save(),
+            "two": h.t[0:2].save(),
+            "some": h.token[[2, 0]].save(),
+            "turned": h.transpose(1, 2).t[1].save(),
+            "folded": h.view(h.shape[0], h.shape[1], 2, -1).t[1].save(),
+        }
+    for row, ids in enumerate(RAGGED):
+        alone = capture(plain[name], torch.tensor([ids]), layer)[0]
+        wanted = {
+            "first": alone[0],
+            "last": alone[-1],
+            "two": alone[0:2],
+            "some": alone[[2, 0]],
+            "turned": alone[1],
+            "folded": alone[1].view(2, -1),
+        }
+        for key, value in wanted.items():
+            agree(found[key][row], value, f"{key} of row {row}")
+
+
+@pytest.mark.parametrize("padding", PADDED)
+def test_tokens_are_written_at_each_rows_own_place(
+    model: Any, arch: Arch, plain: Any, name: str, padding: str
+) -> None:
+    layer = arch.layer(0)
+    with model.trace(PADDED[padding]):
+        h = at(model, layer).output
+        h.t[0] = 0.5
+        h.token[[1, 2]] *= 2
+        last = at(model, arch.head).output.token[-1].save()
+
+    def edit(out: Any) -> Any:
+        h = first(out).clone()
+        h[:, 0] = 0.5
+        h[:, 1:3] *= 2
+        return with_first(out, h)
+
+    for row, ids in enumerate(RAGGED):
+        wanted = forward(plain[name], torch.tensor([ids]), after={layer: edit}).logits[0, -1]
+        agree(last[row], wanted, f"row {row}")
+
+
+def test_a_cache_has_every_module_as_the_model_went_on_with_it(
+    model: Any, arch: Arch, plain: Any, name: str
+) -> None:
+    caches = []
+    with model.trace() as tracer:
+        for prompt in PROMPTS:
+            with tracer.invoke(prompt) as invoker:
+                caches.append(invoker.cache(include_inputs=True))
+                layer = at(model, arch.layer(0))
+                layer.output = layer.output * 2
+                everything = invoker.save_all()
+    for prompt, cache in zip(PROMPTS, caches, strict=True):
+        ids = torch.tensor(prompt)
+        seen: dict[str, torch.Tensor] = {}
+        doubled = {arch.layer(0): lambda out: with_first(out, first(out) * 2)}
+
+        def keep(path: str, seen: dict[str, torch.Tensor] = seen) -> Any:
+            return lambda out: seen.__setitem__(path, first(out).clone())
+
+        paths = [arch.embed, arch.head, arch.norm, arch.layer(1), f"{arch.layer(1)}.{arch.attention}"]
+        logits = forward(plain[name], ids, after={**doubled, **{p: keep(p) for p in paths}}).logits
+        for path in paths:
+            agree(first(cache[path].output), seen[path], path)
+        agree(cache[arch.layer(0)].output, capture(plain[name], ids, arch.layer(0)) * 2, "the edited layer")
+        agree(at(cache, arch.layer(1)).input, cache[arch.layer(0)].output, "the input of the next")
+        agree(at(cache, arch.layer(1)).inputs[0][0], cache[arch.layer(0)].output, "all arguments of the next")
+        agree(cache[""].output.logits, logits, "the whole model")
+    agree(everything[""]["logits"], logits, "save_all of the last prompt")
+    agree(first(everything[f"{arch.layer(1)}.{arch.attention}"]), seen[paths[-1]], "save_all of a tuple")
+
+
+def test_a_run_without_a_block_gives_the_models_output(model: Any, plain: Any, name: str) -> None:
+    output = model.trace(PROMPTS[2], trace=False)
+    wanted = forward(plain[name], torch.tensor(PROMPTS[2])).logits
+    agree(output.logits, wanted, "by attribute")
+    assert output["logits"] is output[0] is output.logits
+
+
+CHATS: dict[str, list[dict[str, str]]] = {
+    "a question": [{"role": "user", "content": "What is the capital of France?"}],
+    "an answer": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi, you."}],
+}
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_chats_go_through_the_models_template(
+    where: str, smollm2: Path, plain: Any, request: pytest.FixtureRequest
+) -> None:
+    theirs = AutoTokenizer.from_pretrained(smollm2)
+    model: Any = pellucid.LanguageModel(smollm2)
+    if where == "remote":
+        model = pellucid.LanguageModel("smollm2", remote=request.getfixturevalue("service"))
+    question, answer = CHATS.values()
+    ids = [
+        theirs.apply_chat_template(question, add_generation_prompt=True, return_dict=False),
+        theirs.apply_chat_template(answer, return_dict=False),
+    ]
+    with model.trace() as tracer:
+        with tracer.invoke(question):
+            logits = model.lm_head.output[:, -1].save()
+        with tracer.invoke([question, answer]):
+            last = model.lm_head.output.token[-1].save()
+    assert [invoke.input for invoke in tracer.graph.regions[0].invokes] == [ids[0], ids]
+    for row, prompt in enumerate(ids):
+        wanted = forward(plain["smollm2"], torch.tensor([prompt])).logits[:, -1]
+        agree(last[row : row + 1], wanted, f"chat {row}")
+    agree(logits, forward(plain["smollm2"], torch.tensor(ids[:1])).logits[:, -1], "one chat")
+    assert model.tokenizer.apply_chat_template(question, tokenize=False) == theirs.apply_chat_template(
+        question, tokenize=False
+    )
+
+
+def test_a_chat_for_a_model_without_a_template_is_refused_at_the_users_line(service: str) -> None:
+    model = pellucid.LanguageModel("llama", remote=service)
+    with pytest.raises(InputError, match="llama has no tokenizer") as caught, model.trace(CHATS["an answer"]):
+        pass
+    assert str(caught.value).startswith(f"{__file__}:")
+
+
+def test_a_prompt_that_is_too_long_names_both_numbers(model: Any, name: str) -> None:
+    most = model.card.max_tokens
+    with (
+        pytest.raises(InputError, match=rf"has {most + 1} tokens and {name} takes at most {most}") as caught,
+        model.trace([[1] * (most + 1)]),
+    ):
+        model.input.save()
+    assert str(caught.value).startswith(f"{__file__}:")
+
+
+def test_the_old_names_of_a_config_are_there(model: Any, plain: Any, name: str) -> None:
+    for attribute in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        assert getattr(model.config, attribute) == getattr(plain[name].config, attribute)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+from pellucid_shared.card import ModelCard
 from pellucid_shared.errors import EmptyPromptError, InputError
 from pellucid_shared.graph import Invoke
 
-_FORMS = "a str, a list of str, token ids (a list, a list of lists, a tensor), or a dict with input_ids"
+_FORMS = (
+    "a str, a list of str, token ids (a list, a list of lists, a tensor), a dict with input_ids, or chat "
+    'messages ([{"role": "user", "content": "..."}])'
+)
+
+#: The messages of one conversation.
+Chat: TypeAlias = "list[dict[str, Any]]"
 
 
 @dataclass(slots=True)
@@ -22,12 +29,14 @@ class Prompt:
         rows: size of the batch axis.
         tokens: size of the token axis: the longest row; None until the tokenizer was asked.
         ids: the token ids by row, once they are known.
+        chats: the messages of each row, where the input is chats; ``rendered`` makes them ids.
     """
 
     invoke: Invoke
     rows: int
     tokens: int | None = None
     ids: list[list[int]] | None = None
+    chats: list[Chat] | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -40,6 +49,39 @@ class Prompt:
         if not all(ids):
             raise EmptyPromptError("the tokenizer makes no token of this prompt; give it text or token ids")
         self.ids, self.tokens = ids, max(map(len, ids))
+
+    def rendered(self, ids: list[list[int]]) -> None:
+        """Take the ids of the chats: a graph holds text or ids."""
+        self.tokenized(ids)
+        self.invoke = Invoke(ids if isinstance(self.invoke.input, list) else ids[0])
+        self.chats = None
+
+    def windows(self) -> list[tuple[int, int]]:
+        """Where each row's own tokens begin and end on the token axis, padding left out; ids are known."""
+        assert self.ids is not None
+        assert self.tokens is not None
+        found = []
+        for row, bits in zip(self.ids, self.invoke.mask or [[1] * len(row) for row in self.ids], strict=True):
+            pad = self.tokens - len(row)
+            found.append((pad + bits.index(1), pad + len(bits) - bits[::-1].index(1)))
+        return found
+
+
+def check_ids(prompt: Prompt, card: ModelCard) -> None:
+    """Whether a model can be run on ids that are known.
+
+    Raises:
+        InputError: an id its vocabulary does not have, or more tokens than it takes.
+    """
+    highest = max((max(row) for row in prompt.ids or []), default=0)
+    if highest >= card.vocab_size:
+        raise InputError(
+            f"token id {highest} is not in the vocabulary of {card.id}, which has {card.vocab_size}"
+        )
+    if prompt.tokens is not None and card.max_tokens is not None and prompt.tokens > card.max_tokens:
+        raise InputError(
+            f"the prompt has {prompt.tokens} tokens and {card.id} takes at most {card.max_tokens}; shorten it"
+        )
 
 
 def prompt(value: Any) -> Prompt:
@@ -56,6 +98,9 @@ def prompt(value: Any) -> Prompt:
     if isinstance(value, Mapping) or hasattr(value, "keys"):
         return _from_mapping(value)
     value = _plain(value)
+    if (chats := chats_in(value)) is not None:
+        batched = not isinstance(value[0], Mapping)
+        return Prompt(Invoke([""] if batched else ""), len(chats), chats=chats)
     if isinstance(value, tuple | list) and value and all(isinstance(v, str) for v in value):
         if not all(value):
             raise EmptyPromptError(f"prompt {list(value).index('')} of the batch is empty; give it text")
@@ -64,8 +109,46 @@ def prompt(value: Any) -> Prompt:
     return Prompt(Invoke(rows if batched else rows[0]), len(rows), max(map(len, rows)), rows)
 
 
+def chats_in(value: Any) -> list[Chat] | None:
+    """The chats in one list of messages, or in a list of such lists; None where it is something else.
+
+    Raises:
+        InputError: a message without a role.
+        EmptyPromptError: a chat without messages.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    batched = any(
+        isinstance(chat, list | tuple) and any(isinstance(m, Mapping) for m in chat) for chat in value
+    )
+    if not batched and not any(isinstance(message, Mapping) for message in value):
+        return None
+    chats: list[Chat] = []
+    for chat in value if batched else [value]:
+        if not isinstance(chat, list | tuple) or not chat:
+            raise EmptyPromptError(f"chat {len(chats)} of the batch has no messages")
+        for message in chat:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InputError(
+                    'a chat is a list of messages, {"role": "user", "content": "..."}; '
+                    f"found {message!r:.80}"
+                )
+        chats.append([dict(message) for message in chat])
+    return chats
+
+
+def awaits_answer(chat: Chat) -> bool:
+    """Whether a conversation given as a prompt ends with the beginning of an answer: not where it ends with
+    an answer."""
+    return bool(chat[-1]["role"] != "assistant")
+
+
 def _from_mapping(value: Any) -> Prompt:
     keys = list(value.keys())
+    if "role" in keys:
+        raise InputError(f"a chat is a list of messages: write [{value!r:.60}]")
+    if "token_type_ids" in keys and not any(map(any, _rows(_plain(value["token_type_ids"]))[0])):
+        keys.remove("token_type_ids")  # some tokenizers add these zeros for models that do not read them
     if unknown := [k for k in keys if k not in ("input_ids", "attention_mask")]:
         names = ", ".join(map(repr, unknown))
         raise InputError(f"an input has no {names}; a dict holds input_ids and, if any, attention_mask")
@@ -75,15 +158,25 @@ def _from_mapping(value: Any) -> Prompt:
     mask = _plain(value["attention_mask"]) if "attention_mask" in keys else None
     if mask is None:
         return Prompt(Invoke(rows if batched else rows[0]), len(rows), max(map(len, rows)), rows)
-    bits, _ = _rows(mask)
+    bits = _bits(mask)
     if [len(r) for r in bits] != [len(r) for r in rows]:
         raise InputError(
             f"attention_mask has rows of {[len(r) for r in bits]} and input_ids of {[len(r) for r in rows]}; "
             "they have one shape"
         )
-    if any(bit not in (0, 1) for row in bits for bit in row):
-        raise InputError("attention_mask holds only 0 and 1")
+    if any(1 not in row for row in bits):
+        raise EmptyPromptError("a row of attention_mask is all 0: it leaves no token of the prompt")
     return Prompt(Invoke(rows, bits), len(rows), max(map(len, rows)), rows)
+
+
+def _bits(mask: Any) -> list[list[int]]:
+    """Rows of a mask of numbers or truth values."""
+    if not isinstance(mask, Sequence) or isinstance(mask, str) or not mask:
+        raise InputError(f"attention_mask is rows of 0 and 1, found {mask!r:.60}")
+    rows = mask if isinstance(mask[0], Sequence) else [mask]
+    if any(not isinstance(row, Sequence) or any(bit not in (0, 1) for bit in row) for row in rows):
+        raise InputError("attention_mask holds only 0 and 1")
+    return [[int(bit) for bit in row] for row in rows]
 
 
 def _rows(value: Any) -> tuple[list[list[int]], bool]:
@@ -109,5 +202,7 @@ def _id(token: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and arrays as lists."""
+    """Tensors and arrays, and lists of them, as lists."""
+    if isinstance(value, list | tuple):
+        return [_plain(v) if hasattr(v, "tolist") else v for v in value]
     return value.tolist() if hasattr(value, "tolist") else value

@@ -24,13 +24,9 @@ PACKAGE = {
     "collect": "activations over a data set; trace each prompt, or a batch of them",
 }
 MODEL = {
-    "forward": "the founding spelling of model.trace(); write `with model.trace() as tracer:`",
     "edit": "interventions that stay; write them in each trace",
     "clear_edits": "interventions that stay; write them in each trace",
-    "scan": "a run on shapes only; .shape and .dtype of values are known inside the block of a trace",
     "sweep": "one experiment over many settings; loop over traces, or give trace several invokes",
-    "rename": "names of your own for modules; print(model) shows the model's",
-    "get": "sites by their path; write model.layers[3].output",
     "std": "standard names of modules; print(model) shows the model's",
 }
 MODULE = {
@@ -45,19 +41,13 @@ VALUE = {
     "requires_grad_": _NO_GRADIENTS,
     "retain_grad": _NO_GRADIENTS,
     "register_hook": _NO_GRADIENTS,
-    "token": "the token axis counted from the prompt; index that axis itself: x[:, i]",
-    "t[...]": "the token axis counted from the prompt; index that axis itself: x[:, i]",
     "original": "the value before every edit; take .clone() of it before the edit",
 }
 TRACER = {
     "stop": "ending the pass early by hand; it ends by itself after the last value that is needed",
     "output": "the output kept without save; write model.output.save()",
-    "cache": "every module's output at once; save those that are wanted",
-    "save_all": "every module's output at once; save those that are wanted",
     "log": "values shown while the model runs; save them and print them after the block",
     "print": "values shown while the model runs; save them and print them after the block",
-    "apply": "functions over values; call the function itself, it is recorded as it runs",
-    "barrier": "it is not needed: values cross from one invoke to the next by their names",
     "cond": _NO_FLOW,
     "select": _NO_FLOW,
     "loop": "loops on the server; a Python loop over a known count is recorded turn by turn",
@@ -70,13 +60,8 @@ SESSION = {
     "log": TRACER["log"],
 }
 TRACE_OPTIONS = {
-    "scan": MODEL["scan"],
-    "validate": MODEL["scan"],
     "exclusive": "a run of one's own; the pass is shared only with the trace's own invokes",
-    "tuple_outputs": "the old meaning of .output[0]; print(model) shows what each module returns",
-    "trace": "a run without a block; save model.output inside one",
 }
-MODEL_OPTIONS = {"rename": MODEL["rename"], "tuple_outputs": TRACE_OPTIONS["tuple_outputs"]}
 
 
 def refuse(names: Mapping[str, str], name: str, spelling: str) -> None:

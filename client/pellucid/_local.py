@@ -13,7 +13,7 @@ from pellucid_shared.graph import Graph
 from pellucid_shared.packing import WireTensor
 from pellucid_shared.wire import TokenizedInvoke
 
-from ._inputs import Prompt
+from ._inputs import Chat, Prompt, awaits_answer
 from ._recorder import paused
 
 
@@ -61,6 +61,28 @@ class LocalModel:
             raise InputError(f"{self._name} has no tokenizer; give it token ids instead of text")
         found: list[list[int]] = [list(ids) for ids in self.engine.tokenizer(list(texts))["input_ids"]]
         return found
+
+    def render(self, chats: Sequence[Chat]) -> list[list[int]]:
+        if not getattr(self.engine.tokenizer, "chat_template", None):
+            raise InputError(f"{self._name} has no chat template; give it text instead of messages")
+        try:
+            return [
+                list(
+                    self.engine.tokenizer.apply_chat_template(
+                        chat, add_generation_prompt=awaits_answer(chat), return_dict=False
+                    )
+                )
+                for chat in chats
+            ]
+        except Exception as error:  # whatever a template raises
+            raise InputError(
+                f"the chat template of {self._name} refuses these messages: {str(error)[:300]}"
+            ) from None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, or None."""
+        return self.engine.tokenizer
 
     def run(
         self,

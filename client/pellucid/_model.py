@@ -6,29 +6,51 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 from pellucid_shared.card import ModelCard
-from pellucid_shared.errors import ConnectionFailedError, InputError, PellucidError, did_you_mean
+from pellucid_shared.errors import (
+    ConnectionFailedError,
+    InputError,
+    PellucidError,
+    UnknownModuleError,
+    did_you_mean,
+)
 from pellucid_shared.graph import Graph
 from pellucid_shared.regions import GENERATION_OPTIONS, Generation, generation
 
 from ._config import config
 from ._files import Experiment
 from ._http import Connection
-from ._later import MODEL_OPTIONS, TRACE_OPTIONS, refuse
+from ._later import TRACE_OPTIONS, refuse
 from ._lines import at_users_line, users_line
 from ._local import LoadOptions, LocalModel
-from ._recorder import session_of
+from ._names import Names
+from ._recorder import Recorder, session_of
 from ._remote import RemoteModel
 from ._replay import replay
+from ._run import Run
+from ._scan import ScanRun
 from ._sites import read_result
 from ._target import Target
 from ._tracer import Session, TraceOptions, Tracer, one_input
 from ._tree import Module, show_tree
+from .compat import Runner
 
-_TRACE_OPTIONS = ("remote", "progress", "blocking", "seed")
-_MODEL_OPTIONS = ("remote", "model", "tokenizer", "device_map", "dtype", "dispatch")
+T = TypeVar("T", bound=Tracer)
+
+_TRACE_OPTIONS = ("remote", "progress", "blocking", "seed", "trace", "tuple_outputs", "scan", "validate")
+_RUNNER_OPTIONS = ("remote", "progress", "seed", "scan", "validate")
+_MODEL_OPTIONS = (
+    "remote",
+    "model",
+    "tokenizer",
+    "device_map",
+    "dtype",
+    "dispatch",
+    "rename",
+    "tuple_outputs",
+)
 
 
 class LanguageModel(Module):
@@ -47,11 +69,15 @@ class LanguageModel(Module):
         model, tokenizer: a transformers model that is loaded already, and its tokenizer.
         device_map, dtype: how transformers loads it in this process; the checkpoint's dtype if left out.
         dispatch: load it now, not on first use.
+        rename: names of your own for modules; see :meth:`rename`.
+        tuple_outputs: decoder blocks that return a tensor are seen as returning a tuple of one, and
+            ``.input`` is the tuple of arguments, as they were in earlier years.
 
     Raises:
         ModelNotFoundError: the server does not serve it; lists what it does.
         ConnectionFailedError: no server answers, or none is configured.
-        InputError: no name, an unknown option, or a URL that is none.
+        InputError: no name, an unknown option, a URL that is none, or an alias that clashes.
+        UnknownModuleError: a module to be renamed does not exist.
     """
 
     def __init__(
@@ -64,10 +90,12 @@ class LanguageModel(Module):
         device_map: Any = None,
         dtype: Any = None,
         dispatch: bool = False,
+        rename: Mapping[str, str] | None = None,
+        tuple_outputs: bool = False,
         **unknown: Any,
     ) -> None:
         super().__init__(self, "")
-        _refuse_options("LanguageModel", unknown, MODEL_OPTIONS, _MODEL_OPTIONS)
+        _refuse_options("LanguageModel", unknown, {}, _MODEL_OPTIONS)
         source = str(name)
         if not source:
             raise InputError(
@@ -84,6 +112,9 @@ class LanguageModel(Module):
             model=model,
             tokenizer=tokenizer,
         )
+        self._tuple_outputs = tuple_outputs
+        self._aliases: Names | None = None
+        self._rename, self._renamed_at = rename or {}, users_line()
         self._lock = threading.Lock()
         self._here: LocalModel | None = None
         self._there: dict[str, RemoteModel] = {}
@@ -92,7 +123,7 @@ class LanguageModel(Module):
         self._remote: bool | str = remote
         if remote is not False or dispatch:
             with at_users_line():
-                _ = self.card
+                _ = self._names()
 
     @property
     def name(self) -> str:
@@ -106,17 +137,38 @@ class LanguageModel(Module):
 
     @property
     def config(self) -> SimpleNamespace:
-        """The model's config, by attribute."""
-        return SimpleNamespace(**self.card.config)
+        """The model's config, by attribute; configs inside it likewise."""
+        return _by_attribute(self.card.config)
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer: transformers' own in this process; on a server, one that answers
-        ``tokenizer(text)["input_ids"]``."""
-        target = self._target(None)
-        return target.engine.tokenizer if isinstance(target, LocalModel) else RemoteTokenizer(target)
+        """The tokenizer: transformers' own in this process (None where the model has none); on a server, one
+        with its most used methods (``model.tokenizer(text)``, ``.decode``, ``.apply_chat_template``, ...)."""
+        return self._target(None).tokenizer
 
-    def trace(self, *inputs: Any, **options: Any) -> Tracer:
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give modules names of your own; both work from then on, also for what is below them.
+
+            model.rename({"transformer.h": "layers", "attn": "attention"})
+
+        Args:
+            names: the path of a module -> its alias, which stands beside it and at the root; or a name that
+                many modules have -> the alias of each of them.
+
+        Raises:
+            UnknownModuleError: there is no such module; names the nearest.
+            InputError: the alias is no name, or something else is called so.
+        """
+        with at_users_line():
+            self._names().add(names, self.card, set(dir(type(self))))
+
+    @overload
+    def trace(self, *inputs: Any, trace: Literal[False], **options: Any) -> Any: ...
+
+    @overload
+    def trace(self, *inputs: Any, **options: Any) -> Tracer: ...
+
+    def trace(self, *inputs: Any, **options: Any) -> Any:
         """``with model.trace(prompt):`` one forward pass; read, change and save what it computes.
 
         Args:
@@ -127,12 +179,40 @@ class LanguageModel(Module):
             progress: False shows no status line.
             seed: of the random numbers that the trace's own ops draw.
             blocking: False ends the block once the job is sent; ``tracer.job`` follows it. Remote only.
+            trace: False runs the model at once and gives its output:
+                ``model.trace(prompt, trace=False).logits``.
+            tuple_outputs: as for the model; left out, as the model was made.
+            scan, validate: accepted; shapes are always checked while the trace is written.
 
         Raises:
             EmptyPromptError: no text and no ids.
             InputError: not one of the forms taken, an unknown option, or ``blocking=False`` of a local run.
         """
-        return self._begin("model.trace", inputs, options, None)
+        tracer = self._begin(Tracer, "model.trace", inputs, options, None)
+        if options.get("trace", True):
+            return tracer
+        if not inputs:
+            raise InputError(
+                "model.trace(trace=False) runs the model at once: give it an input", where=users_line()
+            )
+        with tracer:
+            output = self.output.save()
+        return output  # noqa: RET504 (the end of the block fills it)
+
+    def scan(self, *inputs: Any, **options: Any) -> Tracer:
+        """``with model.scan(prompt):`` a trace that is written and checked, and never run: shapes and errors
+        are known inside the block, and saved names have no value after it. Arguments as for :meth:`trace`."""
+        return self._begin(Tracer, "model.scan", inputs, options, None, ScanRun)
+
+    def forward(self, **options: Any) -> Runner:
+        """``with model.forward() as runner:``, the founding spelling: see :class:`pellucid.compat.Runner`.
+
+        Args:
+            options: ``remote``, ``progress`` and ``seed``, as for :meth:`trace`.
+        """
+        _refuse_options("model.forward", _unknown(options, _RUNNER_OPTIONS), TRACE_OPTIONS, _RUNNER_OPTIONS)
+        opened = {**options, "tuple_outputs": True}
+        return self._begin(Runner, "model.forward", (), opened, None)
 
     def generate(self, *inputs: Any, **options: Any) -> Tracer:
         """``with model.generate(prompt, max_new_tokens=5) as tracer:`` a generation, step by step.
@@ -160,7 +240,7 @@ class LanguageModel(Module):
         except PellucidError as error:
             raise InputError(error.message, where=users_line()) from None
         rest = {k: v for k, v in options.items() if k not in GENERATION_OPTIONS}
-        return self._begin("model.generate", inputs, rest, wanted)
+        return self._begin(Tracer, "model.generate", inputs, rest, wanted)
 
     def session(
         self, *, remote: bool | str | None = None, progress: bool = True, blocking: bool = True
@@ -170,10 +250,7 @@ class LanguageModel(Module):
         Args:
             remote, progress, blocking: as for ``trace``, for all of its traces.
         """
-        with at_users_line():
-            target = self._target(remote)
-        self._require_a_job(target, blocking)
-        return Session(self, target, TraceOptions(progress=progress, blocking=blocking))
+        return Session(self, self._run(remote, progress, blocking))
 
     @property
     def generator(self) -> Generator:
@@ -204,40 +281,61 @@ class LanguageModel(Module):
         return replay(self._name, target, experiment, progress=progress)
 
     def _begin(
-        self, what: str, inputs: tuple[Any, ...], options: Mapping[str, Any], wanted: Generation | None
-    ) -> Tracer:
+        self,
+        tracer: type[T],
+        what: str,
+        inputs: tuple[Any, ...],
+        options: Mapping[str, Any],
+        wanted: Generation | None,
+        kind: type[Run] = Run,
+    ) -> T:
         """A trace of any kind, with the options that all have."""
-        unknown = {name: value for name, value in options.items() if name not in _TRACE_OPTIONS}
         known = _TRACE_OPTIONS if wanted is None else (*_TRACE_OPTIONS, *GENERATION_OPTIONS)
-        _refuse_options(what, unknown, TRACE_OPTIONS, known)
+        _refuse_options(what, _unknown(options, _TRACE_OPTIONS), TRACE_OPTIONS, known)
         seed = options.get("seed", 0)
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise InputError(f"seed is a whole number from 0, found {seed!r:.60}", where=users_line())
         given = one_input(inputs, what) if inputs else None
+        tuples = bool(options.get("tuple_outputs", self._tuple_outputs))
+        own = TraceOptions(wanted, seed, tuples)
         session = session_of(self)
-        with at_users_line():
-            target = self._target(options.get("remote")) if session is None else session.run.recorder.target
         blocking = bool(options.get("blocking", True))
-        if session is not None and not blocking:
+        if session is not None and blocking:
+            return tracer(session.run, given, own, alone=False)
+        if session is not None:
             raise InputError(
                 "a trace of a session has no job of its own; give blocking=False to model.session()",
                 where=users_line(),
             )
-        self._require_a_job(target, blocking)
-        own = TraceOptions(wanted, seed, bool(options.get("progress", True)), blocking)
-        return Tracer(self, target, given, own, session=session)
+        run = self._run(options.get("remote"), bool(options.get("progress", True)), blocking, kind)
+        return tracer(run, given, own)
 
-    def _require_a_job(self, target: Target, blocking: bool) -> None:
-        """Raise InputError if a run in this process is not to be waited for."""
+    def _run(self, remote: Any, progress: bool, blocking: bool, kind: type[Run] = Run) -> Run:
+        """What carries out a job that is about to be written."""
+        with at_users_line():
+            target = self._target(remote)
         if not blocking and isinstance(target, LocalModel):
             raise InputError(
                 "blocking=False leaves a run to a server's job, and this one runs in this process, which has "
                 "none: leave it out, or name a server with PELLUCID_HOST or remote=",
                 where=users_line(),
             )
+        return kind(Recorder(self.name, target, self), progress=progress, blocking=blocking)
 
     def __repr__(self) -> str:
-        return f"{self._name}: {show_tree(self.card)}"
+        return f"{self._name}: {show_tree(self.card, self._names())}"
+
+    def _names(self) -> Names:
+        """The aliases; those the model was made with are read with its card."""
+        if self._aliases is None:
+            names = Names()
+            try:
+                names.add(self._rename, self.card, set(dir(type(self))))
+            except (InputError, UnknownModuleError) as error:
+                error.where = self._renamed_at
+                raise
+            self._aliases = names
+        return self._aliases
 
     def _target(self, remote: bool | str | None) -> Target:
         remote = self._remote if remote is None else remote
@@ -271,6 +369,19 @@ class Generator:
         return read_result(self._model._recorder())
 
 
+def _unknown(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in known}
+
+
+def _by_attribute(config: Mapping[str, Any]) -> SimpleNamespace:
+    """A config by attribute. What is inside it is a config too where it names its model; else a dict."""
+
+    def inside(value: Any) -> Any:
+        return _by_attribute(value) if isinstance(value, dict) and "model_type" in value else value
+
+    return SimpleNamespace(**{name: inside(value) for name, value in config.items()})
+
+
 def _refuse_options(
     what: str, given: Mapping[str, Any], to_come: Mapping[str, str], known: Sequence[str]
 ) -> None:
@@ -281,18 +392,3 @@ def _refuse_options(
             f"{what} has no option {name!r}; it has {', '.join(known)}.{did_you_mean(name, known)}",
             where=users_line(),
         )
-
-
-class RemoteTokenizer:
-    """The tokenizer of a served model, asked over HTTP."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def __call__(self, text: str | list[str]) -> dict[str, Any]:
-        """``{"input_ids": ids}`` of a text, or of each of a list of texts."""
-        return {"input_ids": self.encode(text) if isinstance(text, str) else self._target.tokenize(text)}
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        return self._target.tokenize([text])[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from pellucid_shared.errors import ShapeError
 from pellucid_shared.ops import lookup
@@ -12,6 +12,7 @@ from ._call import call, graph_value, method, plain_index, spelled
 from ._later import VALUE, refuse
 from ._lines import users_line
 from ._save import save
+from ._tokens import TokenAxis
 from ._value import Value
 from ._warnings import warn_of_first_row
 
@@ -119,9 +120,15 @@ class Operators(Value):
         return same and recorder.is_view(node)
 
     @property
-    def t(self) -> Any:
-        """torch's ``t()``: the two axes of a matrix exchanged."""
-        return _Transpose(self)
+    def token(self) -> TokenAxis:
+        """The value along its tokens: ``x.token[0]`` is the prompt's first, ``x.token[-1]`` its last,
+        whatever the padding; ``x.token[i] = v`` writes there."""
+        return TokenAxis(self)
+
+    @property
+    def t(self) -> TokenAxis:
+        """``x.t[i]`` is ``x.token[i]``; ``x.t()`` is torch's: the two axes of a matrix exchanged."""
+        return TokenAxis(self)
 
     @property
     def T(self) -> Any:
@@ -147,20 +154,6 @@ class Operators(Value):
     @property
     def imag(self) -> Any:
         return self._function("torch.imag", self)
-
-
-class _Transpose:
-    """``x.t()`` of torch; ``x.t[i]`` is the language's own, and to come."""
-
-    def __init__(self, value: Operators) -> None:
-        self._value = value
-
-    def __call__(self) -> Any:
-        return call(spelled("torch.t"), (self._value,), {})
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        refuse(VALUE, "t[...]", ".t[...] of a value")
-        raise AssertionError("unreachable")
 
 
 def _binary_operator(name: str) -> Callable[[Operators, Any], Any]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pellucid_shared.card import ModelCard
-from pellucid_shared.check import Scene, check_flat, check_node, require_room
+from pellucid_shared.check import Scene, Size, check_flat, check_node, require_room
 from pellucid_shared.errors import InputError, PellucidError, RecordingError, ValueNotReadyError
 from pellucid_shared.flat import Flat, flatten
 from pellucid_shared.graph import GET, SET, Each, Generation, Graph, Invoke, Node, Trace
@@ -28,8 +28,8 @@ from pellucid_shared.storage import Timeline, timeline
 from pellucid_shared.values import Site, TensorRef
 
 from ._files import Experiment
-from ._inputs import Prompt
-from ._lines import users_line
+from ._inputs import Prompt, check_ids
+from ._lines import at_users_line, users_line
 from ._target import Target
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Recorder:
         save_names: name of each saved value -> position of its ``save`` node.
         session: the session it belongs to, or None.
         lost: nodes that were saved in a step the generation did not reach.
+        endings: what is still to be read when the body that is being written ends.
+        tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
     """
 
     def __init__(self, model: str, target: Target, owner: object) -> None:
@@ -106,6 +108,8 @@ class Recorder:
         self.save_names: dict[str, int] = {}
         self.session: Session | None = None
         self.lost: set[int] = set()
+        self.endings: list[Callable[[], None]] = []
+        self.tuple_outputs = False
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []
         self._bounds: list[dict[str, Any] | None] = []
@@ -235,16 +239,11 @@ class Recorder:
         trace = self.current_trace()
         if prompt.tokens is None and not self.card.has_tokenizer:
             raise InputError(f"{self.model} has no tokenizer; give it token ids instead of text")
+        if prompt.chats is not None:
+            prompt.rendered(self.target.render(prompt.chats))
         if prompt.tokens is None and not self.target.distant:
             prompt.tokenized(self.target.tokenize(prompt.texts))
-        highest = max((max(row) for row in prompt.ids or []), default=0)
-        if highest >= self.card.vocab_size:
-            count = self.card.vocab_size
-            raise InputError(
-                f"token id {highest} is not in the vocabulary of {self.model}, which has {count}"
-            )
-        if prompt.tokens is not None:
-            require_room(len(trace.prompts), prompt.tokens, trace.region(), self.card)
+        self._require_fit(len(trace.prompts), prompt, trace)
         trace.prompts.append(prompt)
         self.step, self.steps_ahead = 0, {}
         return len(trace.prompts) - 1
@@ -291,6 +290,15 @@ class Recorder:
             )
         return self.invoke
 
+    def end_invoke(self) -> None:
+        """End the body that is being written: what was to be read at its end is read now."""
+        endings, self.endings = self.endings, []
+        try:
+            for ending in endings:
+                ending()
+        finally:
+            self.invoke = None
+
     def shows(self, node: int, site: Site) -> bool:
         """Whether a node's value is the very tensor that is at the site now."""
         made = self.nodes[node]
@@ -329,6 +337,18 @@ class Recorder:
         assert isinstance(spec, TensorSpec)
         return spec.shape[axis]
 
+    def prompt_of(self, node: int) -> Prompt:
+        """The prompt that a site's value belongs to."""
+        made = self.nodes[node]
+        return self._trace(made.region).prompts[made.site.invoke]
+
+    def spec_of(self, node: Node, specs: Sequence[Spec], prompt: Prompt, size: Size) -> Spec:
+        """The spec a node would have after nodes of these specs, if a prompt had that size."""
+        trace = self._trace(node.region)
+        scene = self.scene(node.region)
+        sizes = [size if own is prompt else s for own, s in zip(trace.prompts, scene.sizes, strict=True)]
+        return self._check_in(node, specs, Scene(scene.trace, sizes))[0]
+
     def unknown_axes(self, node: int) -> tuple[int, ...] | None:
         """The axes of a tensor whose sizes depend on an unknown token count; None where the spec as a
         whole does."""
@@ -343,15 +363,22 @@ class Recorder:
         Raises:
             GraphError: with true sizes a node does not fit; ``where`` is its own line.
         """
-        pending = [prompt for prompt in self.prompts if prompt.tokens is None]
-        ids = self.target.tokenize([text for prompt in pending for text in prompt.texts])
-        for prompt in pending:
+        pending = [
+            (trace, i, prompt)
+            for trace in self._traces()
+            for i, prompt in enumerate(trace.prompts)
+            if prompt.tokens is None
+        ]
+        with at_users_line():
+            ids = self.target.tokenize([text for *_, prompt in pending for text in prompt.texts])
+        for trace, index, prompt in pending:
             count = len(prompt.texts)
-            prompt.tokenized(ids[:count])
+            with at_users_line():
+                prompt.tokenized(ids[:count])
+                self._require_fit(index, prompt, trace)
             ids = ids[count:]
             assert prompt.ids is not None
             prompt.invoke = Invoke(prompt.ids[0] if isinstance(prompt.invoke.input, str) else prompt.ids)
-            self._require_room(prompt)
         self._sized.clear()
         self._scenes.clear()
         self._specs, self._bounds, self._other_specs = [], [], []
@@ -365,11 +392,11 @@ class Recorder:
             self._specs.append(spec)
             self._bounds.append(bound)
 
-    def _require_room(self, prompt: Prompt) -> None:
-        for trace in self._traces():
-            for index, own in enumerate(trace.prompts):
-                if own is prompt and own.tokens is not None:
-                    require_room(index, own.tokens, trace.region(), self.card)
+    def _require_fit(self, index: int, prompt: Prompt, trace: OpenTrace) -> None:
+        """Raise InputError unless what is known of a prompt, and what it generates, fit the model."""
+        check_ids(prompt, self.card)
+        if prompt.tokens is not None:
+            require_room(index, prompt.tokens, trace.region(), self.card)
 
     def _sizes(self, start: int) -> list[tuple[int, int]]:
         """(batch, tokens) of each invoke, primes from ``start`` on in place of unknown counts."""
@@ -401,10 +428,13 @@ class Recorder:
         return self._check(node, self._specs, _FIRST_PRIME)
 
     def _check(self, node: Node, specs: Sequence[Spec], start: int) -> Checked:
+        return self._check_in(node, specs, self.scene(node.region, start))
+
+    def _check_in(self, node: Node, specs: Sequence[Spec], scene: Scene) -> Checked:
         first = self._first_step(node.region)
         if first and node.op in (GET, SET):
             node = replace(node, args=(replace(node.site, step=node.site.step + first), *node.args[1:]))
-        return check_node(node, specs, self.card, self.scene(node.region, start), self._literal_specs)
+        return check_node(node, specs, self.card, scene, self._literal_specs)
 
     def _last_trace(self) -> int:
         """Index of the trace begun last; values between the traces of a session are counted to it."""

@@ -14,9 +14,10 @@ from pellucid_shared.graph import Graph
 from pellucid_shared.packing import WireTensor
 
 from ._http import Connection
-from ._inputs import Prompt
+from ._inputs import Chat, Prompt, awaits_answer
 from ._job import Job
 from ._progress import StatusLine
+from ._tokenizer import RemoteTokenizer
 
 
 class RemoteModel:
@@ -29,7 +30,7 @@ class RemoteModel:
         self._name = name
         self._path = f"/v1/models/{quote(name)}"
         self._card: ModelCard | None = None
-        self._ids: dict[str, list[int]] = {}
+        self.tokenizer = RemoteTokenizer(connection, self._path, name)
         self._lock = threading.Lock()
 
     @property
@@ -57,11 +58,15 @@ class RemoteModel:
             ) from None
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        missing = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        if missing:
-            answer = self.connection.post_json(f"{self._path}/tokenize", {"text": missing})
-            self._ids.update(zip(missing, answer["ids"], strict=True))
-        return [self._ids[text] for text in texts]
+        return self.tokenizer.ids(texts)
+
+    def render(self, chats: Sequence[Chat]) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        for prompted in (True, False):
+            mine = [i for i, chat in enumerate(chats) if awaits_answer(chat) == prompted]
+            answers = self.tokenizer.chats([chats[i] for i in mine], prompted, {})
+            found.update(zip(mine, (ids for _, ids in answers), strict=True))
+        return [found[i] for i in range(len(chats))]
 
     def submit(self, graph: Graph, literals: Mapping[str, WireTensor], *, progress: bool) -> Job:
         """Send a checked graph as a job."""

@@ -27,7 +27,7 @@ class Run:
         job: the job a server has for it; None for local runs and before it is sent.
     """
 
-    def __init__(self, recorder: Recorder, progress: bool, blocking: bool) -> None:
+    def __init__(self, recorder: Recorder, *, progress: bool, blocking: bool) -> None:
         self.recorder = recorder
         self.job: Job | None = None
         self._progress, self._blocking = progress, blocking
@@ -57,9 +57,9 @@ class Run:
             self._fail(f"has no value: the block ended with {type(error).__name__}, so nothing was run")
             return
         with at_users_line():
-            self._run()
+            self._carry_out()
 
-    def _run(self) -> None:
+    def _carry_out(self) -> None:
         recorder = self.recorder
         try:
             graph, flat, timeline = recorder.finish()

@@ -90,7 +90,7 @@ class SiteStructure(Unread):
 
     def read_all(self) -> Any:
         """The structure with every tensor read; what is no tensor becomes None."""
-        parts = {key: _whole(self._member(key)) for key in self._keys()}
+        parts = {key: whole(self._member(key)) for key in self._keys()}
         if isinstance(self._structure, Fields):
             return parts
         return tuple(parts.values()) if self._structure.leaf == "tuple" else list(parts.values())
@@ -177,6 +177,16 @@ def read_result(recorder: Recorder) -> Any:
     return value_of(recorder, recorder.add(GET, (site,)))
 
 
+def read_output(recorder: Recorder, module: str) -> Any:
+    """What the module returned."""
+    return read(recorder, module, "output")
+
+
+def replace_output(recorder: Recorder, module: str, value: Any) -> None:
+    """Assign to what the module returned."""
+    replace(recorder, module, "output", value)
+
+
 def read_input(recorder: Recorder, module: str) -> Any:
     """The first positional argument, or the first keyword argument where none is positional."""
     site, structure = _first_input(recorder, module)
@@ -211,6 +221,11 @@ def write(recorder: Recorder, site: Site, structure: Structure, value: Any) -> N
         raise SiteError(
             f"{site} is {what} and cannot be written; pass along what was there", where=users_line()
         )
+
+
+def first_input(recorder: Recorder, module: str) -> Site:
+    """The site that :func:`read_input` reads."""
+    return _first_input(recorder, module)[0]
 
 
 def show_structure(structure: Structure) -> str:
@@ -319,7 +334,8 @@ def _inside(site: Site, key: int | str) -> Site:
     return replace_field(site, path=(*site.path, key))
 
 
-def _whole(member: Any) -> Any:
-    if isinstance(member, SiteStructure):
+def whole(member: Any) -> Any:
+    """A member with every tensor of it read; None for what is no tensor."""
+    if isinstance(member, Unread):
         return member.read_all()
     return None if isinstance(member, Untouched) else member

@@ -9,7 +9,7 @@ from pellucid_shared.card import ModelCard
 from pellucid_shared.graph import Graph
 from pellucid_shared.packing import WireTensor
 
-from ._inputs import Prompt
+from ._inputs import Chat, Prompt
 
 
 class Target(Protocol):
@@ -23,6 +23,15 @@ class Target(Protocol):
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, special tokens included, as the model is run on them."""
+        ...
+
+    def render(self, chats: Sequence[Chat]) -> list[list[int]]:
+        """Ids of each conversation, as the model's chat template writes it."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """What users get as ``model.tokenizer``."""
         ...
 
     def run(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pellucid_shared.errors import InputError, PellucidError, RecordingError
 from pellucid_shared.graph import Generation, Graph
 
+from ._body import Body
 from ._files import Experiment
 from ._inputs import Prompt, prompt
 from ._later import SESSION, TRACER, refuse
@@ -17,7 +18,6 @@ from ._recorder import Recorder
 from ._run import Run
 from ._sites import read_result
 from ._steps import GrowingList, Steps, StepsBody, advance
-from ._target import Target
 
 if TYPE_CHECKING:
     from ._job import Job
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """What a trace is asked to be: a generation, or one pass; ``seed`` is that of its random numbers."""
+    """What a trace is asked to be.
+
+    Attributes:
+        generation: how it generates; None: it is one pass.
+        seed: of its random numbers.
+        tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
+    """
 
     generation: Generation | None = None
     seed: int = 0
-    progress: bool = True
-    blocking: bool = True
-
-    def run(self, recorder: Recorder) -> Run:
-        """What carries the job out that the recorder writes."""
-        return Run(recorder, self.progress, self.blocking)
+    tuple_outputs: bool = False
 
 
 class Session:
@@ -47,10 +48,9 @@ class Session:
         job: the job a server has for it; None for local runs and before the block ends.
     """
 
-    def __init__(self, model: LanguageModel, target: Target, options: TraceOptions) -> None:
-        self.run = options.run(Recorder(model.name, target, model))
-        self.run.recorder.session = self
-        self._model = model
+    def __init__(self, model: LanguageModel, run: Run) -> None:
+        self.run, self._model = run, model
+        run.recorder.session = self
 
     @property
     def job(self) -> Job | None:
@@ -68,7 +68,8 @@ class Session:
 
     def trace(self, *inputs: Any, **options: Any) -> Tracer:
         """The same as ``model.trace``, in this session."""
-        return self._model.trace(*inputs, **options)
+        found: Tracer = self._model.trace(*inputs, **options)
+        return found
 
     def generate(self, *inputs: Any, **options: Any) -> Tracer:
         """The same as ``model.generate``, in this session."""
@@ -91,7 +92,7 @@ class Session:
         self.run.leave(error)
 
 
-class Tracer:
+class Tracer(Body):
     """One trace: a forward pass, or a generation.
 
     Inside the block modules' sites are read and written, and values saved; at its end the graph is built
@@ -106,19 +107,9 @@ class Tracer:
     passes; the saved names then say that they have no value.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        target: Target,
-        given: Prompt | None,
-        options: TraceOptions,
-        *,
-        session: Session | None = None,
-    ) -> None:
-        self._run = session.run if session is not None else options.run(Recorder(model.name, target, model))
-        self._recorder = self._run.recorder
-        self._own = session is None
-        self._given, self._options = given, options
+    def __init__(self, run: Run, given: Prompt | None, options: TraceOptions, *, alone: bool = True) -> None:
+        self._run, self._recorder = run, run.recorder
+        self._given, self._options, self._own = given, options, alone
 
     @property
     def job(self) -> Job | None:
@@ -178,9 +169,8 @@ class Tracer:
 
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"tracer.{name}")
-        raise AttributeError(
-            f"a tracer has no {name!r}; it has invoke(), iter, next(), result, graph and job"
-        )
+        has = "invoke(), iter, all(), next(), list(), cache(), save_all(), result, graph and job"
+        raise AttributeError(f"a tracer has no {name!r}; it has {has}")
 
     def __enter__(self) -> Tracer:
         if self._own:
@@ -188,6 +178,7 @@ class Tracer:
         try:
             with at_users_line():
                 self._recorder.open_trace(self._options.generation, self._options.seed)
+                self._recorder.tuple_outputs = self._options.tuple_outputs
                 if self._given is not None:
                     self._recorder.invoke = self._recorder.add_prompt(self._given)
         except BaseException as error:
@@ -202,21 +193,29 @@ class Tracer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        missing = None
-        if error is None and not self._recorder.has_input():
-            missing = InputError(
-                "this trace has no input: give one to model.trace(prompt), or open "
-                "`with tracer.invoke(prompt):`",
-                where=users_line(),
-            )
+        failure = error
+        if error is None:
+            try:
+                self._end_body()
+            except PellucidError as mistake:
+                mistake.where = mistake.where or users_line()
+                failure = mistake
         self._recorder.close_trace()
         if self._own:
-            self._run.leave(error or missing)
-        if missing is not None:
-            raise missing
+            self._run.leave(failure)
+        if failure is not error and failure is not None:
+            raise failure
+
+    def _end_body(self) -> None:
+        self._recorder.end_invoke()
+        if not self._recorder.has_input():
+            raise InputError(
+                "this trace has no input: give one to model.trace(prompt), or open "
+                "`with tracer.invoke(prompt):`"
+            )
 
 
-class Invocation:
+class Invocation(Body):
     """One input of a trace, and the block that is written about it."""
 
     def __init__(self, recorder: Recorder, given: Prompt) -> None:
@@ -242,7 +241,11 @@ class Invocation:
         refuse(TRACER, name, f"invoker.{name}")
         raise AttributeError(f"an invoke has no {name!r}")
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            with at_users_line():
+                self._recorder.end_invoke()
+        self._recorder.endings.clear()
         self._recorder.invoke = None
 
 

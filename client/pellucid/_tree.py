@@ -17,10 +17,11 @@ from pellucid_shared.errors import (
 from pellucid_shared.graph import APPLY
 from pellucid_shared.values import ModuleRef
 
-from . import _sites
+from . import _sites, compat
 from ._call import graph_value, value_of
 from ._later import MODEL, MODULE, refuse
 from ._lines import users_line
+from ._names import Names, look_up
 from ._recorder import Recorder, active
 from ._steps import Steps, StepsBody, advance
 
@@ -53,20 +54,28 @@ class Module:
             SiteError: the module is never called in a forward pass.
             RecordingError: outside a trace.
         """
-        return _sites.read(self._recorder(), self.path, "output")
+        recorder = self._recorder()
+        read = compat.read_output if recorder.tuple_outputs else _sites.read_output
+        return read(recorder, self.path)
 
     @output.setter
     def output(self, value: Any) -> None:
-        _sites.replace(self._recorder(), self.path, "output", value)
+        recorder = self._recorder()
+        replace = compat.replace_output if recorder.tuple_outputs else _sites.replace_output
+        replace(recorder, self.path, value)
 
     @property
     def input(self) -> Any:
         """The first positional argument, or the first keyword argument. Assign to replace it."""
-        return _sites.read_input(self._recorder(), self.path)
+        recorder = self._recorder()
+        read = compat.read_arguments if recorder.tuple_outputs else _sites.read_input
+        return read(recorder, self.path)
 
     @input.setter
     def input(self, value: Any) -> None:
-        _sites.replace_input(self._recorder(), self.path, value)
+        recorder = self._recorder()
+        replace = compat.replace_arguments if recorder.tuple_outputs else _sites.replace_input
+        replace(recorder, self.path, value)
 
     @property
     def inputs(self) -> Any:
@@ -140,12 +149,36 @@ class Module:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        card = self._card()
-        for base in (self.path, *self._fallbacks(card)):
-            if name in card.children[base]:
-                return Module(self._model, _join(base, name))
+        found = self._model._names().child(self.path, name, self._card())
+        if found is not None:
+            return Module(self._model, found)
         self._refuse_what_is_to_come(name)
-        raise self._unknown(card, name)
+        raise self._unknown(self._card(), name)
+
+    def get(self, path: str) -> Any:
+        """The module or site at a path below this one: ``model.get("model.layers.3.output")``.
+
+        Aliases and, at the root, names of the base model are found as attributes are.
+
+        Raises:
+            UnknownModuleError: there is no such module; names the nearest.
+        """
+        return look_up(self, path)
+
+    def _child(self, name: str) -> Module:
+        """The child of that name, alias, or place in a list.
+
+        Raises:
+            UnknownModuleError: there is none.
+            IndexOutOfRangeError: a list is shorter.
+        """
+        found = self._model._names().child(self.path, name, self._card())
+        if found is not None:
+            return Module(self._model, found)
+        if self._is_list() and name.removeprefix("-").isdigit():
+            member: Module = self[int(name)]
+            return member
+        raise self._unknown(self._card(), name)
 
     def _refuse_what_is_to_come(self, name: str) -> None:
         spelling = f"{self.path or 'model'}.{name}"
@@ -168,9 +201,7 @@ class Module:
     def __getitem__(self, index: Any) -> Any:
         names = self._card().children[self.path]
         if isinstance(index, str):
-            if index not in names:
-                raise self._unknown(self._card(), index)
-            return Module(self._model, _join(self.path, index))
+            return self._child(index)
         if not self._is_list():
             raise UnknownModuleError(
                 f"{self.path or 'the model'} is a {self._info().class_name}, which is not indexed by "
@@ -205,8 +236,9 @@ class Module:
         return iter(self.children.values())
 
     def __dir__(self) -> list[str]:
+        bases = (self.path, *self._fallbacks(self._card()))
         names = [
-            n for base in (self.path, *self._fallbacks(self._card())) for n in self._card().children[base]
+            n for base in bases for n in (*self._card().children[base], *self._model._names().below(base))
         ]
         return sorted({*super().__dir__(), *(n for n in names if n.isidentifier())})
 
@@ -217,7 +249,7 @@ class Module:
         return hash((id(self._model), self.path))
 
     def __repr__(self) -> str:
-        return show_tree(self._card(), self.path)
+        return show_tree(self._card(), self._model._names(), self.path)
 
     # --- the card ------------------------------------------------------------------------------------------
 
@@ -245,18 +277,20 @@ class Module:
         )
 
 
-def show_tree(card: ModelCard, path: str = "") -> str:
-    """The tree with class names and what each module returns; equal neighbours in a list are shown once."""
+def show_tree(card: ModelCard, aliases: Names, path: str = "") -> str:
+    """The tree with class names, aliases and what each module returns; equal neighbours in a list are shown
+    once."""
     info = card.module_index[path]
     lines = [f"{info.class_name}{_returns(card, path)}"]
     names = card.children[path]
-    shown = [(name, show_tree(card, _join(path, name))) for name in names]
+    shown = [(name, show_tree(card, aliases, _join(path, name))) for name in names]
     start = 0
     while start < len(shown):
         end = start
         while end + 1 < len(shown) and names[end + 1].isdigit() and shown[end + 1][1] == shown[start][1]:
             end += 1
         name, text = shown[start]
+        name = ", ".join((name, *aliases.of(_join(path, name))))
         label = f"({name})" if end == start else f"({name}-{names[end]}): {end - start + 1} x"
         label = f"{label}:" if end == start else label
         lines += f"{label} {text}".splitlines()

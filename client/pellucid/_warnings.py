@@ -15,7 +15,7 @@ from ._recorder import Recorder
 def warn_of_first_row(recorder: Recorder, node: int, line: str) -> None:
     """``output[0]`` on a block that returns a bare tensor is the first row of the batch, not a member."""
     made = recorder.nodes[node]
-    if made.op != GET or made.site.kind != "output" or made.site.path:
+    if recorder.tuple_outputs or made.op != GET or made.site.kind != "output" or made.site.path:
         return
     path = made.site.module
     if path.rpartition(".")[2].isdigit():

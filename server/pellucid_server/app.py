@@ -13,7 +13,7 @@ from pellucid_shared import PROTOCOL, __version__
 from pellucid_shared.errors import VersionError
 from pellucid_shared.wire import PROTOCOL_HEADER
 
-from . import problems, routes_jobs, routes_models, routes_service
+from . import problems, routes_jobs, routes_models, routes_service, routes_tokenizer
 from .deployments import Deployments
 from .jobs import Jobs
 from .metrics import Metrics
@@ -50,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install(app)
-    for routes in (routes_jobs, routes_models, routes_service):
+    for routes in (routes_jobs, routes_tokenizer, routes_models, routes_service):
         app.include_router(routes.router)
 
     @app.middleware("http")

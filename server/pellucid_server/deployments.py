@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from pellucid_shared import keyspace
 from pellucid_shared.card import ModelCard
 from pellucid_shared.errors import InputError, ModelNotFoundError, UnavailableError, did_you_mean
-from pellucid_shared.wire import Deployment
+from pellucid_shared.wire import Deployment, TokenizerInfo
+
+from .tokenizing import ModelTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Model:
 
     card: ModelCard
     card_json: str
-    tokenizer: Tokenizer | None
+    tokenizer: ModelTokenizer | None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, special tokens as the tokenizer adds them.
@@ -32,7 +34,7 @@ class Model:
         """
         if self.tokenizer is None:
             raise InputError(f"{self.card.id} has no tokenizer; give it token ids instead of text")
-        return [e.ids for e in self.tokenizer.encode_batch(texts)]
+        return self.tokenizer.encode(texts)
 
 
 class Deployments:
@@ -99,17 +101,17 @@ class Deployments:
         known = self._models.get(model_id)
         if known and known[0] == fingerprint:
             return known[1]
-        names = ["fingerprint", "card", "tokenizer"]
-        fingerprint, card, tokenizer = await self._redis.hmget(keyspace.model(model_id), names)
-        model = await asyncio.to_thread(_parsed, card, tokenizer)
+        names = ["fingerprint", "card", "tokenizer", "chat_template", "tokenizer_info"]
+        fingerprint, *published = await self._redis.hmget(keyspace.model(model_id), names)
+        model = await asyncio.to_thread(_parsed, *published)
         self._models[model_id] = (fingerprint, model)
         return model
 
 
-def _parsed(card: str, tokenizer: str) -> Model:
-    """``tokenizer`` is a tokenizer.json, or empty."""
-    found = Tokenizer.from_str(tokenizer) if tokenizer else None
-    if found is not None:
-        found.no_padding()
-        found.no_truncation()
-    return Model(ModelCard.model_validate_json(card), card, found)
+def _parsed(card_json: str, tokenizer: str, template: str | None, info: str | None) -> Model:
+    """What a worker published: ``tokenizer`` is a tokenizer.json, or empty."""
+    card = ModelCard.model_validate_json(card_json)
+    if not tokenizer:
+        return Model(card, card_json, None)
+    about = TokenizerInfo.model_validate_json(info) if info else TokenizerInfo()
+    return Model(card, card_json, ModelTokenizer(card, Tokenizer.from_str(tokenizer), template or "", about))

@@ -7,6 +7,7 @@ Redis (all keys begin with ``pellucid:``):
     job:{id}:events     stream  fields: type attempt time data(JSON)
     leases              zset    job id -> Unix time its lease expires
     model:{id}          hash    the deployment: source state progress error card tokenizer (JSON)
+                                chat_template tokenizer_info (JSON)
     model:{id}:workers  zset    worker id -> Unix time of its last heartbeat
     model:{id}:waiting  zset    job id -> time it was queued
     models              set     ids of deployments

@@ -111,3 +111,22 @@ class Deployment(_Frozen):
     class_name: str | None = None
     parameters: int | None = None
     dtype: str | None = None
+
+
+class TokenizerInfo(_Frozen):
+    """What is known of a model's tokenizer, as GET /v1/models/{id}/tokenizer answers it.
+
+    Attributes:
+        special_tokens: ``bos_token``, ``eos_token``, ``pad_token``, ... -> the token, those there are.
+        special_ids: the same names -> ids.
+        vocab_size: tokens without those that were added; ``length`` counts these too.
+        padding_side: ``left`` or ``right``, where batches are padded.
+        has_chat_template: chats can be rendered.
+    """
+
+    special_tokens: dict[str, str] = {}
+    special_ids: dict[str, int | None] = {}
+    vocab_size: int = 0
+    length: int = 0
+    padding_side: Literal["left", "right"] = "right"
+    has_chat_template: bool = False

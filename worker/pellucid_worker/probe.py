@@ -64,9 +64,18 @@ def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: b
         prefill=prefill,
         decode=decode,
         has_tokenizer=has_tokenizer,
-        config=_config(model),
+        config=_config(config),
         versions=_versions(),
     )
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """The config as JSON, without the place it was loaded from (the same model may lie elsewhere), and also
+    under the names that transformers has for every architecture (``attribute_map``: ``hidden_size`` of GPT-2
+    is its ``n_embd``)."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    found.pop("_name_or_path", None)
+    return {**found, **{name: found[own] for name, own in config.attribute_map.items() if own in found}}
 
 
 def _modules(model: torch.nn.Module) -> list[ModuleInfo]:
@@ -237,7 +246,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over config, attention function, versions, device kind, and of every tensor its name, shape and
     a sample of 1024 elements: enough to tell deployments apart, in milliseconds for a model of any size."""
     attention = getattr(model.config, "_attn_implementation", None)
-    decisive = [_config(model), attention, _versions()]
+    decisive = [_config(model.config), attention, _versions()]
     state = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
@@ -246,14 +255,6 @@ def _fingerprint(model: torch.nn.Module) -> str:
             sample = flat[:: max(1, flat.numel() // 1024)][:1024].cpu().contiguous()
             state.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
     return state.hexdigest()
-
-
-def _config(model: torch.nn.Module) -> dict[str, Any]:
-    """The config as JSON, without the place it was loaded from: the same model may lie elsewhere."""
-    config: Any = model.config
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    found.pop("_name_or_path", None)
-    return found
 
 
 def _versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import redis
 
 from pellucid_shared import keyspace
 from pellucid_shared.errors import InputError
+from pellucid_shared.wire import TokenizerInfo
 
 from .engine import Engine
 
@@ -44,7 +45,6 @@ class Registration:
                 raise InputError(
                     f"another worker serves something else as {self._model!r}; give this one its own name"
                 )
-        template = getattr(engine.tokenizer, "chat_template", None)
         self._published = {
             "source": self._source,
             "state": "ready",
@@ -53,7 +53,8 @@ class Registration:
             "card": engine.card.model_dump_json(),
             "fingerprint": engine.card.fingerprint,
             "tokenizer": engine.tokenizer_json or "",
-            "chat_template": template if isinstance(template, str) else "",
+            "chat_template": _chat_template(engine.tokenizer),
+            "tokenizer_info": _tokenizer_info(engine.tokenizer).model_dump_json(),
         }
         self.beat()
 
@@ -85,3 +86,17 @@ class Registration:
         since = time.time() - keyspace.LEASE_SECONDS
         alive: Any = self._redis.zrangebyscore(self._workers, since, "+inf")
         return any(worker != self.worker.encode() for worker in alive)
+
+
+def _chat_template(tokenizer: Any) -> str:
+    """The template chats are written by; of several by name, the default one."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return str(template.get("default", "")) if isinstance(template, dict) else str(template)
+
+
+def _tokenizer_info(tokenizer: Any) -> TokenizerInfo:
+    """What transformers knows of a tokenizer and its tokenizer.json does not say."""
+    if tokenizer is None:
+        return TokenizerInfo()
+    named = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if not isinstance(v, list)}
+    return TokenizerInfo(special_tokens=named, padding_side=tokenizer.padding_side)
