@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, Field, ValidationError
@@ -82,7 +82,7 @@ async def info(model_id: str, state: Shared) -> TokenizerInfo:
 @router.get("/{model_id:path}/tokenize", include_in_schema=False)
 @router.get("/{model_id:path}/detokenize", include_in_schema=False)
 @router.get("/{model_id:path}/chat", include_in_schema=False)
-async def these_are_post(model_id: str) -> NoReturn:
+async def these_are_post(model_id: str) -> None:
     """Keeps the path of a card from swallowing these."""
     raise HTTPException(405, headers={"Allow": "POST"})
 
