@@ -44,10 +44,11 @@ explain() {
     elif grep -qE "NewConnectionError|Temporary failure in name resolution|ConnectTimeout|Network is unreachable|ProxyError" "$LOG"; then
         fail "the package index cannot be reached: is there a network? See $LOG"
     fi
-    fail "$(grep -E "^ERROR" "$LOG" | tail -1 || true) (see $LOG)"
+    fail "$(grep -E "^ERROR" "$LOG" | tail -1 || tail -1 "$LOG") (see $LOG)"
 }
 
-if [ ! -x "$VENV/bin/python" ]; then
+if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one that was not finished
+    rm -rf "$VENV"
     free_mb=$(df -Pm . | awk 'NR == 2 { print $4 }')
     [ "$free_mb" -ge "$NEEDED_MB" ] || fail "needs $NEEDED_MB MB free in $PWD, found $free_mb MB"
     python=$(find_python)

@@ -37,7 +37,10 @@ def folder(progress: Callable[[str], None] = print) -> Path:
     target = cache() / NAME
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotGetModelError(f"cannot keep SmolLM2 under {target.parent}: {error.strerror}") from None
     with _lock(target.with_suffix(".lock")):
         if not (target / "config.json").is_file():
             _make(target, progress)

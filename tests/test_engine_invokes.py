@@ -343,3 +343,27 @@ def test_a_module_applied_beside_other_invokes_attends_as_it_does_alone(
     for i, prompt in enumerate(PROMPTS):
         close(found[f"own{i}"], capture(engine.model, torch.tensor(prompt), "model.norm"))
         close(found[f"logits{i}"], forward(engine.model, torch.tensor(prompt)).logits)
+
+
+def test_a_neighbours_replacement_leaves_names_of_one_tensor_one(tiny_models: Any) -> None:
+    """Layer 0's output is layer 1's input: an edit of one shows in the other, whoever shares the pass."""
+    engine = Engine.from_model(tiny_models["llama"], id="m")
+
+    def program(count: int) -> Program:
+        made = Program()
+        hidden = made.get("model.layers.0", invoke=0)
+        made.fill(made.get("model.layers.1", "input", (0, 0), invoke=0), 0.5)
+        mlp = made.get("model.layers.1.mlp", invoke=0)
+        made.set("model.layers.1.mlp", made.op("torch.add", mlp, hidden), invoke=0)
+        made.save(hidden, "h")
+        made.save(made.get("lm_head", invoke=0), "logits")
+        if count > 1:
+            other = made.get("model.layers.0", invoke=1)
+            made.set("model.layers.0", made.op("torch.add", other, 1), invoke=1)
+            made.save(made.get("lm_head", invoke=1), "other")
+        return made
+
+    alone = run(engine, program(1), [[69, 4]])
+    together = run(engine, program(2), [[69, 4]], [[1, 2, 3]])
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-5)

@@ -241,6 +241,22 @@ def test_events_are_sent_to_the_end_and_resume_where_they_stopped(http: httpx.Cl
     ]
 
 
+def test_a_job_that_is_silent_for_long_is_followed_on_one_line(http: httpx.Client, db: Any) -> None:
+    """Longer than Redis is asked to wait for an event at a time."""
+    job = post(http, GOOD).json()["id"]
+
+    def finish() -> None:
+        time.sleep(7)
+        data = {"type": "state", "attempt": 1, "time": 1.0, "data": '{"state": "completed"}'}
+        db.xadd(keyspace.job_events(job), data)
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    seen = events(http, job)
+    thread.join()
+    assert [e["data"]["state"] for e in seen] == ["received", "queued", "completed"]
+
+
 def test_a_reader_later_than_the_log_keeps_gets_a_gap_with_the_present_state(
     http: httpx.Client, db: Any
 ) -> None:
@@ -380,6 +396,9 @@ def test_bodies_that_cannot_be_read_are_refused(
 def test_a_body_of_another_type_is_refused(http: httpx.Client) -> None:
     answer = http.post("/v1/jobs", content=b"x", headers={"Content-Type": "application/x-pickle"})
     assert "x-pickle" in problem(answer, 400, "bad-request")["detail"]
+    long = {"Content-Type": "multipart/form-data; boundary=" + 500 * "b"}
+    answer = http.post("/v1/jobs", content=b"x", headers=long)
+    assert "multipart body cannot be read" in problem(answer, 400, "bad-request")["detail"]
     answer = http.post("/v1/jobs", files={"other": b"x"})
     assert "found ['other']" in problem(answer, 400, "bad-request")["detail"]
 

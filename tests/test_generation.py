@@ -356,6 +356,73 @@ def test_a_body_that_does_not_fit_a_step_is_an_error_at_its_line(llama: Any) -> 
         tracer.result.save()
 
 
+def test_steps_come_back_in_the_order_they_are_asked_for(llama: Any, plain_llama: Any) -> None:
+    wanted = captured(plain_llama, torch.tensor(IDS), path("llama"), max_new_tokens=N, **HF_NO_EOS)
+    for steps, which in (([2, 0], [2, 0]), (slice(None, None, -2), [5, 3, 1])):
+        with llama.generate(IDS, max_new_tokens=N, **NO_EOS) as tracer:
+            grown = tracer.list().save()
+            with tracer.iter[steps]:
+                last = llama.layers[1].output[:, -1]
+                hidden = last.save()
+                grown.append(last)
+        for found in (hidden, grown):
+            assert len(found) == len(which)
+            for one, step in zip(found, which, strict=True):
+                close(one, wanted[step][:, -1])
+
+
+def test_a_body_for_no_step_saves_an_empty_list(llama: Any) -> None:
+    with llama.generate(IDS, max_new_tokens=3, **NO_EOS) as tracer:
+        ids = tracer.result.save()
+        with tracer.iter[5:]:
+            hidden = llama.layers[1].output.save()
+    assert hidden.value == []
+    assert ids.shape == (1, 9)
+
+
+def test_a_penalty_leaves_padding_out(llama: Any, plain_llama: Any) -> None:
+    ragged = [[5, 9, 31, 7, 22, 40], [11, 3, 8]]
+    with llama.generate(ragged, max_new_tokens=3, repetition_penalty=1.7, pad_token_id=0, **NO_EOS) as tracer:
+        with tracer.all():
+            llama.lm_head.output[:, -1, 0] = 3.0  # the id that pads is the best
+        result = tracer.result.save()
+
+    def favoured(step: int, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[:, -1, 0] = 3.0
+        return logits
+
+    ids = torch.tensor([ragged[0], [0, 0, 0, *ragged[1]]])
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    options = {"max_new_tokens": 3, "repetition_penalty": 1.7, **HF_NO_EOS}
+    wanted = generate(plain_llama, ids, mask=mask, at={"lm_head": favoured}, **options)
+    assert torch.equal(result[:, 6:], wanted[:, 6:])
+
+
+def test_a_generation_config_that_asks_for_more_is_refused_by_name(llama: Any, plain_llama: Any) -> None:
+    plain_llama.generation_config.no_repeat_ngram_size = 2
+    try:
+        with pytest.raises(InputError, match="asks for no_repeat_ngram_size=2"):
+            with llama.generate(IDS, max_new_tokens=3) as tracer:
+                tracer.result.save()
+    finally:
+        plain_llama.generation_config.no_repeat_ngram_size = None
+
+
+def test_a_model_without_a_cache_is_not_generated_with() -> None:
+    from transformers import AutoModelForCausalLM, Mamba2Config
+
+    config = Mamba2Config(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1
+    )
+    mamba = pellucid.LanguageModel("mamba2", model=AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(InputError, match="mamba2 keeps nothing from step to step"):
+        with mamba.generate(IDS, max_new_tokens=2) as tracer:
+            tracer.result.save()
+    with mamba.generate(IDS, max_new_tokens=1, eos_token_id=[]) as tracer:
+        assert tracer.result.save() is not None
+
+
 # --- ending early ------------------------------------------------------------------------------------------
 
 
@@ -422,6 +489,8 @@ def test_mistakes_are_named_at_their_line(llama: Any) -> None:
             tracer.iter[3]
         with pytest.raises(RecordingError, match="step 3 is asked of a generation of 3 steps"):
             tracer.next(3)
+        with pytest.raises(RecordingError, match="a list of different steps"):
+            tracer.iter[[1, 1]]
         with pytest.raises(RecordingError, match="cannot be opened inside another"), tracer.all():
             with tracer.all():
                 pass
@@ -430,6 +499,15 @@ def test_mistakes_are_named_at_their_line(llama: Any) -> None:
             tracer.next()
         with pytest.raises(RecordingError, match="a trace is one forward pass"), tracer.all():
             pass
+
+
+def test_steps_that_were_skimmed_are_said_so(llama: Any) -> None:
+    with pytest.raises(
+        RecordingError, match=r"gone through at .*test_generation.py:\d+ with nothing written"
+    ):
+        with llama.generate(IDS, max_new_tokens=3) as tracer:
+            for _ in list(tracer.iter[:]):
+                llama.layers[0].output.save()
 
 
 def test_what_a_body_makes_in_each_step_stays_in_it(llama: Any) -> None:

@@ -173,6 +173,13 @@ def test_deep_nesting_and_great_size_are_refused_before_parsing() -> None:
         Graph.from_json(" " * (9 * 2**20))
 
 
+def test_quotes_that_are_not_closed_are_read_once() -> None:
+    """A pattern that looks at the rest of the text anew at each quote needs minutes for this."""
+    for body in ('\\"' * 500_000, '"' * 500_001, '"\\' * 500_000):
+        with pytest.raises(GraphError):
+            Graph.from_json(body)
+
+
 GET0 = Node(GET, (Site("h.0"),))
 
 

@@ -116,6 +116,8 @@ def test_mistakes_are_named(model: Any) -> None:
         pass
     with pytest.raises(RecordingError, match="a session's first value comes from a trace"), model.session():
         torch.zeros(3).save()
+    with pytest.raises(RecordingError, match="this session holds no trace"), model.session():
+        pass
     with pytest.raises(ZeroDivisionError), model.session(), model.trace(A):
         hidden = model.layers[0].output.save()
         _ = 1 / 0

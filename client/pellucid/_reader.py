@@ -45,6 +45,8 @@ class Reader:
             self._data.append(value.removeprefix(" "))
         elif name == "id":
             self._id = value.removeprefix(" ")
+        elif text.startswith(":"):  # the server says that it is there, and that nothing happened
+            self._failures = 0
         elif not text and self._data:
             event = Event.model_validate({**json.loads("\n".join(self._data)), "id": self._id})
             self._data = []

@@ -84,6 +84,7 @@ class Recorder:
         unread: structures of each (trace, module, kind, invoke, step) whose members may not be read yet.
         save_names: name of each saved value -> position of its ``save`` node.
         session: the session it belongs to, or None.
+        skimmed: the user's line that went through all steps of a loop and wrote nothing in any, or None.
         lost: nodes that were saved in a step the generation did not reach.
         endings: what is still to be read when the body that is being written ends.
         tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
@@ -107,6 +108,7 @@ class Recorder:
         self.unread: dict[tuple[Any, ...], weakref.WeakSet[Any]] = {}
         self.save_names: dict[str, int] = {}
         self.session: Session | None = None
+        self.skimmed: str | None = None
         self.lost: set[int] = set()
         self.endings: list[Callable[[], None]] = []
         self.tuple_outputs = False
@@ -283,6 +285,12 @@ class Recorder:
             RecordingError: the code stands between two bodies.
         """
         self.current_trace()
+        if self.skimmed is not None:
+            raise RecordingError(
+                f"the steps of tracer.iter[...] were gone through at {self.skimmed} with nothing written in "
+                "any. Sites name a step only inside the loop: use them under `for step in tracer.iter[...]:`",
+                where=users_line(),
+            )
         if self.invoke is None:
             raise RecordingError(
                 "a site belongs to one input: read and write it under `with tracer.invoke(prompt):`",
@@ -574,7 +582,8 @@ def enter(recorder: Recorder) -> Token[Recorder | None]:
     """
     if _ACTIVE.get() is not None:
         raise RecordingError(
-            "a trace cannot be opened inside another; give the open one a further input with tracer.invoke()",
+            "a trace or session cannot be opened inside another; give an open trace a further input with "
+            "tracer.invoke(), and an open session a further trace with session.trace()",
             where=users_line(),
         )
     return _ACTIVE.set(recorder)

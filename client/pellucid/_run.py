@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
-from pellucid_shared.errors import PellucidError
+from pellucid_shared.errors import PellucidError, RecordingError
 from pellucid_shared.graph import Graph
 
 from ._backend import backend
@@ -62,6 +62,10 @@ class Run:
     def _carry_out(self) -> None:
         recorder = self.recorder
         try:
+            if not recorder.regions:
+                raise RecordingError(
+                    "this session holds no trace: open `with model.trace(prompt):` inside it"
+                )
             graph, flat, timeline = recorder.finish()
             if recorder.saved:
                 warn_of_edits_that_show(recorder, flat, timeline)

@@ -35,9 +35,11 @@ class Steps:
         elif type(steps) is int:
             return self._in_range(steps, count)
         elif isinstance(steps, list | tuple | range) and steps and all(type(s) is int for s in steps):
-            return [self._in_range(step, count) for step in steps]
+            known = [self._in_range(step, count) for step in steps]
+            if len(set(known)) == len(known):
+                return known
         raise RecordingError(
-            f"tracer.iter is indexed by a step, a slice, or a list of steps; found {steps!r:.60}",
+            f"tracer.iter is indexed by a step, a slice, or a list of different steps; found {steps!r:.60}",
             where=users_line(),
         )
 
@@ -76,12 +78,15 @@ class StepsBody:
         recorder = self._recorder
         generation = recorder.current_trace().generation
         count = generation.max_new_tokens if generation else 1
+        before = len(recorder.nodes)
         for step in Each(0, self._steps).of(count):
             recorder.open_steps(step, optional=True)
             try:
                 yield step
             finally:
                 recorder.close_steps()
+        if len(recorder.nodes) == before:
+            recorder.skimmed = users_line()
 
 
 def advance(recorder: Recorder, steps: int, module: str | None = None) -> None:

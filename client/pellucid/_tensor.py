@@ -89,7 +89,8 @@ class TensorValue(Operators, torch.Tensor):  # type: ignore[misc, override]
             return _property(args[0], func.__self__.__name__)  # type: ignore[attr-defined]
         if op is None and name in _ANSWERED and args and isinstance(args[0], Value):
             return getattr(Operators, name)(*args, **kwargs)
-        next(values_in((*args, *kwargs.values()))).recorder.require_open()
+        value = next(values_in((*args, *kwargs.values())))
+        value.recorder.require_open(value)
         if op is None:
             refuse(VALUE, name, f".{name} of a value")
             raise _unknown(func, name)

@@ -18,7 +18,7 @@ from .deployments import Deployments
 from .jobs import Jobs
 from .metrics import Metrics
 from .reaper import reap_for_ever
-from .settings import Settings
+from .settings import REDIS_SECONDS, Settings
 from .state import State
 from .store import Store
 
@@ -28,7 +28,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        redis: Redis = Redis.from_url(settings.redis_url, decode_responses=True)
+        redis: Redis = Redis.from_url(settings.redis_url, decode_responses=True, socket_timeout=REDIS_SECONDS)
         jobs = Jobs(redis, settings.broker_url)
         app.state.pellucid = State(
             settings, redis, Store(settings.store_url), jobs, Deployments(redis), metrics

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from python_multipart import MultipartParser
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from pellucid_shared.errors import LimitError, RequestError
@@ -75,19 +76,17 @@ def _parts(data: bytes, boundary: bytes) -> dict[str, bytes]:
         headers.clear()
         content.clear()
 
-    parser = MultipartParser(
-        boundary,
-        {
-            "on_header_field": lambda d, a, b: name.extend(d[a:b]),
-            "on_header_value": lambda d, a, b: value.extend(d[a:b]),
-            "on_header_end": header_end,
-            "on_part_data": lambda d, a, b: content.extend(d[a:b]),
-            "on_part_end": part_end,
-        },
-    )
+    callbacks: Any = {
+        "on_header_field": lambda d, a, b: name.extend(d[a:b]),
+        "on_header_value": lambda d, a, b: value.extend(d[a:b]),
+        "on_header_end": header_end,
+        "on_part_data": lambda d, a, b: content.extend(d[a:b]),
+        "on_part_end": part_end,
+    }
     try:
+        parser = MultipartParser(boundary, callbacks)
         parser.write(data)
         parser.finalize()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise RequestError(f"the multipart body cannot be read: {error}") from None
     return parts

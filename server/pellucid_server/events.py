@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from pellucid_shared import keyspace
 from pellucid_shared.errors import RequestError
@@ -16,6 +18,7 @@ from pellucid_shared.wire import Event, JobState
 from .jobs import Jobs
 
 _BLOCK_MS = 5_000
+log = logging.getLogger("pellucid.gateway")
 _STREAM_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
@@ -29,6 +32,15 @@ def check_event_id(last: str | None) -> str:
 
 
 async def follow(redis: Redis, jobs: Jobs, job: str, after: str) -> AsyncIterator[dict[str, str]]:
+    """As :func:`_events`; where Redis is lost it ends too, and the reader comes back."""
+    try:
+        async for message in _events(redis, jobs, job, after):
+            yield message
+    except RedisError as error:
+        log.error("the events of job %s end: Redis does not answer: %s", job, error)
+
+
+async def _events(redis: Redis, jobs: Jobs, job: str, after: str) -> AsyncIterator[dict[str, str]]:
     """Events after ``after``, as they come, to the job's final state; then it ends.
 
     A reader that comes later than the log keeps gets a ``gap`` event with the present state first.

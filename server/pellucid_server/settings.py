@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pellucid_shared.errors import InputError
 
 MAX_BODY_BYTES = 256 * 2**20
+#: How long Redis may take to answer; longer than the gateway ever asks it to wait for an event.
+REDIS_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)

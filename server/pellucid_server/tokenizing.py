@@ -47,7 +47,16 @@ class ModelTokenizer:
         )
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Ids of each text; special tokens as the tokenizer adds them."""
+        """Ids of each text; special tokens as the tokenizer adds them.
+
+        Raises:
+            InputError: a text that UTF-8 cannot spell.
+        """
+        for index, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"text {index} holds a lone surrogate, which UTF-8 cannot spell") from None
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
         return [e.ids for e in encoded]
 

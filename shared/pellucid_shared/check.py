@@ -138,6 +138,11 @@ def check_node(
 def require_room(index: int, tokens: int, trace: Trace, card: ModelCard) -> None:
     """Raise InputError unless a prompt of so many tokens, and what the trace generates, fit the model."""
     new = trace.generation.max_new_tokens if trace.generation else 0
+    if new > 1 and not card.decode:
+        raise InputError(
+            f"{card.id} keeps nothing from step to step that this version knows of, so it generates one "
+            f"token at most, and {new} were asked; trace its forward pass instead"
+        )
     if card.max_tokens is not None and tokens + max(0, new - 1) > card.max_tokens:
         more = f" and is to get {new} more" if new else ""
         raise InputError(

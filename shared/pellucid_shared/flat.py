@@ -23,12 +23,12 @@ class SaveTo:
 
     Attributes:
         name: the name it comes back under.
-        listed: it is the next entry of the list that has this name.
+        entry: its place in the list that has this name; None: it is no entry of a list.
         grown: lists in it grew step by step: what steps that never ran would have added is left out.
     """
 
     name: str
-    listed: bool = False
+    entry: int | None = None
     grown: bool = False
 
 
@@ -82,6 +82,7 @@ class _Flattener:
         self.late: list[tuple[int, Value]] = []  # saves of lists, and what they save
 
     def flat(self) -> Flat:
+        self._require_bounded()
         at: dict[int, int] = {}  # node -> its flat position, or the last of them
         position, nodes = 0, self.graph.nodes
         while position < len(nodes):
@@ -92,11 +93,11 @@ class _Flattener:
                     end += 1
                 trace = self.graph.regions[region.parent]
                 assert isinstance(trace, Trace)
-                for step in region.of(trace.steps):
+                for turn, step in enumerate(region.of(trace.steps)):
                     for inside in range(position, end):
-                        self._add(inside, at, step, region)
+                        self._add(inside, at, step, region, turn)
             else:
-                self._add(position, at, 0, None)
+                self._add(position, at, 0, None, 0)
             position = end
         for position, value in self.late:
             listed = self._emit(position, Node(SAVE, (self._members(value),)), None)
@@ -109,7 +110,7 @@ class _Flattener:
             frozenset(self.optional),
         )
 
-    def _add(self, position: int, at: dict[int, int], step: int, each: Each | None) -> None:
+    def _add(self, position: int, at: dict[int, int], step: int, each: Each | None, turn: int) -> None:
         node = self.graph.nodes[position]
 
         def leaf(value: Value) -> Any:
@@ -137,13 +138,24 @@ class _Flattener:
         made = self._emit(position, replace(node, args=args, kwargs=kwargs), each)
         at[position] = made
         if node.op == SAVE:
-            self.saves[made] = SaveTo(self.names[position], listed=each is not None and not each.single)
+            entry = turn if each is not None and not each.single else None
+            self.saves[made] = SaveTo(self.names[position], entry)
+
+    def _require_bounded(self) -> None:
+        turns = {}
+        for index, region in enumerate(self.graph.regions):
+            if isinstance(region, Each):
+                trace = self.graph.regions[region.parent]
+                assert isinstance(trace, Trace)
+                turns[index] = len(region.of(trace.steps))
+        count = sum(turns.get(node.region, 1) for node in self.graph.nodes)
+        if count > MAX_FLAT_NODES:
+            raise LimitError(
+                f"the graph has {count} nodes once its bodies are written out step by step; at most "
+                f"{MAX_FLAT_NODES} are taken"
+            )
 
     def _emit(self, position: int, node: Node, each: Each | None) -> int:
-        if len(self.nodes) >= MAX_FLAT_NODES:
-            raise LimitError(
-                f"the graph has more than {MAX_FLAT_NODES} nodes once its bodies are written out step by step"
-            )
         made = len(self.nodes)
         trace = self.graph.trace_of(self.graph.nodes[position].region)
         self.nodes.append(replace(node, region=self.number[trace]))

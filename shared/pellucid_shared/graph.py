@@ -39,7 +39,8 @@ VERSION = 1
 MAX_BYTES = 8 * 2**20
 MAX_DEPTH = 64
 
-_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
+#: A string, or the rest of the text where one is not closed: each character is looked at once.
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
 _BRACKETS = re.compile(r"[\[\]{}]")
 
 GET, SET, APPLY, SAVE = "site.get", "site.set", "module.apply", "save"

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from .errors import EmptyPromptError, GraphError, LimitError, PellucidError, SiteError
 from .graph import APPEND, APPLY, CORE_OPS, GET, LIST, SAVE, SET, Each, Graph, Invoke, Node, Trace
 from .ops import lookup
+from .regions import Region
 from .values import KINDS, RESULT, ModuleRef, Ref, Site, TensorRef, contains
 
 MAX_NODES = 100_000
@@ -85,7 +86,10 @@ def _lint_each(graph: Graph, index: int, region: Each) -> None:
     if parent.generation is None:
         _bad(f"region {index} is for steps of region {region.parent}, which does not generate")
     if not isinstance(region.steps, slice):
-        wrong = [step for step in region.of(parent.steps) if not 0 <= step < parent.steps]
+        steps = region.of(parent.steps)
+        if len(set(steps)) < len(steps):
+            _bad(f"region {index} names a step twice")
+        wrong = [step for step in steps if not 0 <= step < parent.steps]
         if wrong:
             _bad(f"region {index} is for step {wrong[0]} of a generation of {parent.steps} steps (from 0)")
     elif region.steps.step == 0:
@@ -167,11 +171,16 @@ def _lint_site(graph: Graph, node: Node) -> None:
         _bad("a trace that does not generate has no result; read the model's output")
     if not trace.generation and site.step:
         raise SiteError(f"{site} is at step {site.step}, and a trace has one step, 0")
-    steps = region.of(trace.steps) if isinstance(region, Each) else [0]
-    if steps and max(steps) + site.step >= trace.steps:
-        raise SiteError(
-            f"{site} is at step {max(steps) + site.step}, and the generation has {trace.steps} (from 0)"
-        )
+    last = _last_step(region, trace) + site.step
+    if last >= trace.steps:
+        raise SiteError(f"{site} is at step {last}, and the generation has {trace.steps} (from 0)")
+
+
+def _last_step(region: Region, trace: Trace) -> int:
+    steps = region.of(trace.steps) if isinstance(region, Each) else (0,)
+    if isinstance(steps, range):
+        return max(steps[0], steps[-1]) if steps else 0
+    return max(steps)
 
 
 def _repeats(graph: Graph, region: int) -> bool:

@@ -6,7 +6,7 @@ body written once for several steps of a generation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, TypeAlias
 
@@ -90,11 +90,11 @@ class Each:
     def single(self) -> bool:
         return isinstance(self.steps, int)
 
-    def of(self, count: int) -> list[int]:
-        """The steps, of a generation of ``count`` steps, in order."""
+    def of(self, count: int) -> Sequence[int]:
+        """The steps, of a generation of ``count`` steps, in the order of what they save."""
         if isinstance(self.steps, int):
-            return [self.steps]
-        return list(range(count))[self.steps] if isinstance(self.steps, slice) else list(self.steps)
+            return (self.steps,)
+        return range(count)[self.steps] if isinstance(self.steps, slice) else self.steps
 
 
 Region: TypeAlias = "Trace | Each"

@@ -86,7 +86,7 @@ class Decoding:
                 fed=0,
                 running=torch.ones(own.ids.shape[0], dtype=torch.bool, device=own.ids.device),
                 cache=DynamicCache(config=config),
-                sampler=Sampler(options, defaults, own.ids.shape[1], generator, own.ids.device),
+                sampler=Sampler(options, defaults, own, generator),
             )
             for own, generator in zip(rows, generators, strict=True)
         ]

@@ -63,7 +63,10 @@ class Run:
         self._muted = False
         self._ended: dict[tuple[int, int], int] = {}  # (trace, invoke) whose generation ended -> steps it had
         self._results: dict[tuple[int, int], torch.Tensor] = {}
-        self._saved: dict[str, Any] = {to.name: [] for to in plan.flat.saves.values() if to.listed}
+        self._saved: dict[str, Any] = {}
+        self._entries: dict[str, dict[int, Any]] = {
+            to.name: {} for to in plan.flat.saves.values() if to.entry is not None
+        }
 
     def execute(self) -> dict[str, Any]:
         """Run every pass; what was saved, by name."""
@@ -75,7 +78,8 @@ class Run:
             else:
                 self._generate(group, trace.generation)
             self._carry_out(group.after, ResultView(group.trace, self._results))
-        return self._saved
+        listed = {name: [own[k] for k in sorted(own)] for name, own in self._entries.items()}
+        return {**self._saved, **listed}
 
     def apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """Call a module of the model with every hook of this run off."""
@@ -268,8 +272,8 @@ class Run:
 
     def _save(self, save: Save) -> None:
         value = _taken(save.build(self._slots), save.shared)
-        if save.to.listed:
-            self._saved[save.to.name].append(value)
+        if save.to.entry is not None:
+            self._entries[save.to.name][save.to.entry] = value
         else:
             self._saved[save.to.name] = value
 

@@ -14,10 +14,37 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from pellucid_shared.errors import InputError
 from pellucid_shared.regions import Generation
+
+from .inputs import Rows
 
 #: What transformers takes where neither the request nor the model's generation config says.
 _DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+
+#: Options of a generation config that decide tokens and are not supported, with the value that does nothing.
+_UNSUPPORTED: dict[str, Any] = {
+    "num_beams": 1,
+    "min_length": 0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+    "stop_strings": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "watermarking_config": None,
+}
 
 
 class Sampler:
@@ -25,16 +52,17 @@ class Sampler:
 
     Args:
         config: the model's generation config, which decides what ``options`` leave open.
-        prompt: tokens of the prompt, padding included.
+        own: the prompt, padding included.
+
+    Raises:
+        InputError: the generation config asks for what is not supported; names it.
 
     Attributes:
         eos: ids that end a row.
         pad: what a row that has ended is filled with.
     """
 
-    def __init__(
-        self, options: Generation, config: Any, prompt: int, generator: torch.Generator, device: torch.device
-    ) -> None:
+    def __init__(self, options: Generation, config: Any, own: Rows, generator: torch.Generator) -> None:
         def option(name: str) -> Any:
             for found in (getattr(options, name), getattr(config, name, None), _DEFAULTS.get(name)):
                 if found is not None:
@@ -47,13 +75,16 @@ class Sampler:
         pad = option("pad_token_id")
         self.pad: int = pad if pad is not None else next(iter(self.eos), 0)
         self._samples: bool = option("do_sample")
+        _require_supported(config)
         self._processors: Any = LogitsProcessorList()
         if option("repetition_penalty") != 1.0:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(float(option("repetition_penalty"))))
-        if options.min_new_tokens and self.eos:
+            penalty = float(option("repetition_penalty"))
+            padding = None if own.mask is None else (own.mask != 0).int().argmax(dim=1)
+            self._processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding))
+        if option("min_new_tokens") and self.eos:
             self._processors.append(
                 MinNewTokensLengthLogitsProcessor(
-                    prompt, options.min_new_tokens, self.eos, device=str(device)
+                    own.ids.shape[1], option("min_new_tokens"), self.eos, device=str(own.ids.device)
                 )
             )
         if self._samples:
@@ -73,6 +104,17 @@ class Sampler:
         if not self._samples:
             return scores.argmax(dim=-1)
         return _draw(scores.softmax(dim=-1), scores, self._generator)
+
+
+def _require_supported(config: Any) -> None:
+    """Raise InputError for the first option of a generation config that would be left out silently."""
+    for name, neutral in _UNSUPPORTED.items():
+        found = getattr(config, name, None)
+        if found is not None and found != neutral:
+            raise InputError(
+                f"this model's generation config asks for {name}={found!r:.60}, which is not supported here; "
+                "its administrator can take it out of generation_config.json"
+            )
 
 
 def _draw(probabilities: torch.Tensor, scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -132,6 +132,7 @@ class PackedView:
             whole = member(self.value, path)
             new = whole.clone()  # a replacement is the model's next value here, not an edit of this one
             own = self._privates.of(new)
+            own.update(self._privates.of(whole))  # invokes that replace nothing still name what they had
             for invoke, value in values.items():
                 part(new, self._segments[invoke]).copy_(value)
                 own[invoke] = value.clone() if self._copied[path, invoke] else value
