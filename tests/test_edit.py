@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pellucid
+from client_fixtures import CardModel
 from generating import generate
 from pellucid_shared.errors import (
     ExecutionError,
@@ -301,6 +302,35 @@ def test_the_graph_of_an_edited_trace_says_all(model: Any, plain: Any) -> None:
     assert torch.equal(again["ids"], result)
 
 
+def test_texts_for_a_server_are_tokenized_only_where_an_edit_asks_their_sizes() -> None:
+    model: Any = CardModel(answer=lambda graph: {})
+    with model.edit() as edited:
+        model.h[0].output[:, -1] = 0
+    with edited.trace("hello") as tracer:
+        pass
+    assert model.made.trips == []
+    assert [node.op for node in tracer.graph.nodes] == ["site.get", "setitem"]
+    with edited.edit(inplace=True):
+        h = model.h[0].output
+        h[:, h.shape[1] // 2] = 0
+    with edited.trace("hello") as tracer:
+        pass
+    assert model.made.trips == [["hello"]]
+    assert tracer.graph.nodes[-1].args[1] == (slice(None), 2)
+
+
+def test_a_size_that_a_loop_took_for_a_number_fails_at_its_line() -> None:
+    model: Any = CardModel(distant=False, answer=lambda graph: {})
+    with model.edit() as edited:
+        h = model.h[0].output
+        for token in range(h.shape[1]):
+            h[:, token] = 0  # of a loop
+    with pytest.raises(IndexOutOfRangeError, match="in an edit of the model") as caught:
+        with edited.trace("hello"):
+            pass
+    assert str(caught.value).startswith(line_of("of a loop"))
+
+
 # --- errors ------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +346,8 @@ def test_what_an_edit_cannot_hold_is_refused(model: Any) -> None:
     with pytest.raises(RecordingError, match="an edit has no steps of its own"), model.edit():
         with model.layers[0].all():
             pass
+    with pytest.raises(RecordingError, match="one forward pass ends with no ids"), model.edit():
+        _ = model.generator.output
     with pytest.raises(RecordingError, match="an edit is not made inside a trace"), model.trace(PROMPTS[0]):
         with model.edit():
             pass

@@ -350,6 +350,15 @@ def hooked(plain: Any, when: str, path: str, change: Callable[[torch.Tensor], An
     return found
 
 
+def test_what_was_edited_in_place_is_not_replaced_as_well(model: Any) -> None:
+    with model.trace() as tracer:
+        three(tracer)
+        with tracer.invoke():
+            model.layers[0].output *= 2
+            model.layers[0].output[:, -1] += 1
+    assert "site.set" not in {node.op for node in tracer.graph.nodes}
+
+
 def test_a_replacement_leaves_names_alone(model: Any, plain: Any) -> None:
     with model.trace() as tracer:
         three(tracer)

@@ -16,6 +16,7 @@ from pellucid_shared.check import site_spec
 from pellucid_shared.errors import (
     IndexOutOfRangeError,
     PellucidError,
+    RecordingError,
     ShapeError,
     SiteError,
     ValueNotReadyError,
@@ -173,7 +174,16 @@ def read(recorder: Recorder, module: str, kind: str) -> Any:
 
 
 def read_result(recorder: Recorder) -> Any:
-    """The ids that the generation ends with, [batch, prompt + new] int64."""
+    """The ids that the generation ends with, [batch, prompt + new] int64.
+
+    Raises:
+        RecordingError: the trace does not generate.
+    """
+    if recorder.current_trace().generation is None:
+        raise RecordingError(
+            "one forward pass ends with no ids; generate: `with model.generate(prompt, max_new_tokens=n):`",
+            where=users_line(),
+        )
     site = Site("", RESULT, (), recorder.current_invoke())
     if site.invoke == WHOLE:
         return _whole(recorder).read_result(site)
