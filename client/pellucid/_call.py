@@ -17,6 +17,7 @@ from . import _values
 from ._backend import backend
 from ._lines import users_line
 from ._recorder import Recorder, active
+from ._sizes import Size
 from ._structure import DictValue, Unread, named_tuple
 from ._value import Value
 
@@ -87,7 +88,11 @@ def call(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not isinstance(target, Value):
             target = backend().adopt(recorder, target)
             given[op.aliases] = target
+        if recorder.whole is not None:
+            recorder.whole.require_editable(target)
         recorder.add(op.id, *canonical(op, given, recorder))
+        if recorder.whole is not None:
+            recorder.whole.edited(target)
         return target
     return value_of(recorder, recorder.add(op.id, *canonical(op, given, recorder)), op.fields)
 
@@ -179,6 +184,8 @@ def graph_value(value: Any, recorder: Recorder) -> Any:
     if isinstance(value, Unread):
         return graph_value(value.read_all(), recorder)
     if value is None or value is Ellipsis or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Size) and value.edit is recorder:
         return value
     if isinstance(value, int | float | complex):
         return _values.plain_number(value)

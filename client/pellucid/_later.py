@@ -24,8 +24,6 @@ PACKAGE = {
     "collect": "activations over a data set; trace each prompt, or a batch of them",
 }
 MODEL = {
-    "edit": "interventions that stay; write them in each trace",
-    "clear_edits": "interventions that stay; write them in each trace",
     "sweep": "one experiment over many settings; loop over traces, or give trace several invokes",
     "std": "standard names of modules; print(model) shows the model's",
 }
@@ -52,7 +50,6 @@ TRACER = {
     "select": _NO_FLOW,
     "loop": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "while_": "loops on the server; a Python loop over a known count is recorded turn by turn",
-    "invoke()": "a body over the whole batch; give it an input",
 }
 SESSION = {
     "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.errors import (
@@ -20,6 +20,7 @@ from pellucid_shared.graph import Graph
 from pellucid_shared.regions import GENERATION_OPTIONS, Generation, generation
 
 from ._config import config
+from ._edit import Edit, Editing
 from ._files import Experiment
 from ._http import Connection
 from ._later import TRACE_OPTIONS, refuse
@@ -113,6 +114,8 @@ class LanguageModel(Module):
             tokenizer=tokenizer,
         )
         self._tuple_outputs = tuple_outputs
+        self._edits: tuple[Edit, ...] = ()
+        self._origin: LanguageModel | None = None
         self._aliases: Names | None = None
         self._rename, self._renamed_at = rename or {}, users_line()
         self._lock = threading.Lock()
@@ -252,6 +255,35 @@ class LanguageModel(Module):
         """
         return Session(self, self._run(remote, progress, blocking))
 
+    def edit(self, *, inplace: bool = False) -> Editing:
+        """``with model.edit() as edited:`` interventions that stay: they hold in every trace of ``edited``.
+
+            with model.edit() as edited:
+                model.layers[3].mlp.output[:, -1] = 0
+            with edited.trace(prompt):
+                logits = model.lm_head.output.save()
+
+        The block runs nothing. Its lines are written again at the head of every later body: in each invoke,
+        in ``trace``, ``generate`` (where they hold in every step) and sessions, here and on a server; edits
+        hold one after another, in the order they were made. ``model`` itself stays as it is, and its modules
+        and those of ``edited`` are the same in a trace of either.
+
+        In the block, sizes that depend on the prompt are not known: they can stand in shapes and indices and
+        be computed with by ``+ - * // %``; whatever else asks for one is an error that names it.
+
+        Args:
+            inplace: make the edit in this model, not in a second handle on it.
+
+        Raises:
+            RecordingError: something is saved, steps are named, or a size is asked for.
+            GraphError: a line that does not fit every prompt, or that cannot reach the model.
+        """
+        return Editing(self, self if inplace else self._handle())
+
+    def clear_edits(self) -> None:
+        """Forget the edits that this handle holds; other handles keep theirs."""
+        self._edits = ()
+
     @property
     def generator(self) -> Generator:
         """What a generation ends with: ``model.generator.output`` is ``tracer.result``."""
@@ -297,7 +329,7 @@ class LanguageModel(Module):
             raise InputError(f"seed is a whole number from 0, found {seed!r:.60}", where=users_line())
         given = one_input(inputs, what) if inputs else None
         tuples = bool(options.get("tuple_outputs", self._tuple_outputs))
-        own = TraceOptions(wanted, seed, tuples)
+        own = TraceOptions(wanted, seed, tuples, self._edits)
         session = session_of(self)
         blocking = bool(options.get("blocking", True))
         if session is not None and blocking:
@@ -327,6 +359,8 @@ class LanguageModel(Module):
 
     def _names(self) -> Names:
         """The aliases; those the model was made with are read with its card."""
+        if self._origin is not None:
+            return self._origin._names()
         if self._aliases is None:
             names = Names()
             try:
@@ -337,7 +371,19 @@ class LanguageModel(Module):
             self._aliases = names
         return self._aliases
 
+    def _handle(self) -> Self:
+        """A second handle on this model, with edits of its own from here on."""
+        handle = object.__new__(type(self))
+        handle.__dict__.update(self.__dict__, _model=handle, _origin=self._origin or self)
+        return handle
+
+    def _is_of(self, other: object) -> bool:
+        """Whether both are handles on one model."""
+        return isinstance(other, LanguageModel) and (other._origin or other) is (self._origin or self)
+
     def _target(self, remote: bool | str | None) -> Target:
+        if self._origin is not None:
+            return self._origin._target(self._remote if remote is None else remote)
         remote = self._remote if remote is None else remote
         if not isinstance(remote, bool | str):
             raise InputError(f"remote= is True, False, or the URL of a server; found {remote!r:.60}")

@@ -24,7 +24,7 @@ from pellucid_shared.lint import lint
 from pellucid_shared.ops import Alias, Cost, lookup
 from pellucid_shared.packing import WireTensor, digest
 from pellucid_shared.specs import Spec, TensorSpec
-from pellucid_shared.storage import Timeline, timeline
+from pellucid_shared.storage import Timeline, aliased, timeline
 from pellucid_shared.values import Site, TensorRef
 
 from ._files import Experiment
@@ -33,7 +33,13 @@ from ._lines import at_users_line, users_line
 from ._target import Target
 
 if TYPE_CHECKING:
+    from ._edit import Edit
+    from ._model import LanguageModel
     from ._tracer import Session
+    from ._whole import WholeBatch
+
+#: The invoke that a site names in a body over the whole batch; no node has it.
+WHOLE = -1
 
 #: Two unlike sets of placeholders: a spec that is the same under both depends on no token count.
 _FIRST_PRIME, _OTHER_PRIME = 10_007, 20_011
@@ -88,6 +94,8 @@ class Recorder:
         lost: nodes that were saved in a step the generation did not reach.
         endings: what is still to be read when the body that is being written ends.
         tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
+        edits: what is written at the head of each body.
+        whole: the bodies over the whole batch, once there is one.
     """
 
     def __init__(self, model: str, target: Target, owner: object) -> None:
@@ -112,6 +120,8 @@ class Recorder:
         self.lost: set[int] = set()
         self.endings: list[Callable[[], None]] = []
         self.tuple_outputs = False
+        self.edits: tuple[Edit, ...] = ()
+        self.whole: WholeBatch | None = None
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []
         self._bounds: list[dict[str, Any] | None] = []
@@ -156,6 +166,9 @@ class Recorder:
             )
         self.regions.append(Each(self.regions.index(trace), steps, optional))
         self.region = len(self.regions) - 1
+
+    def require_steps(self) -> None:
+        """Raise RecordingError where steps of a generation cannot be named at all."""
 
     def close_steps(self) -> None:
         """End the body for steps."""
@@ -258,6 +271,12 @@ class Recorder:
             ValueNotReadyError: the trace has ended.
         """
         self.require_open()
+        if args and isinstance(args[0], Site) and args[0].invoke == WHOLE:
+            raise RecordingError(
+                f"{replace(args[0], invoke=0)} is of one input, and this body is over the whole batch: write "
+                "it under `with tracer.invoke(prompt):`",
+                where=users_line(),
+            )
         region = self._last_trace() if self.region is None else self.region
         node, line = Node(op, tuple(args), kwargs or {}, region), users_line()
         try:
@@ -318,6 +337,16 @@ class Recorder:
         """Whether the value of a registry node shares the storage of what it was made from."""
         bound = self._bounds[node]
         return bound is not None and lookup(self.nodes[node].op).alias_of(bound) is Alias.VIEW
+
+    def source_of(self, node: int) -> int | None:
+        """The node whose storage a node's value lies in, or may lie in; None where it has its own."""
+        bound = self._bounds[node]
+        source, alias = (None, Alias.FRESH) if bound is None else aliased(self.nodes[node], bound)
+        return None if alias is Alias.FRESH else source
+
+    def spec_at(self, value: int | TensorRef) -> Spec:
+        """The spec of a node, or of a tensor of the user's."""
+        return self._literal_specs[value.digest] if isinstance(value, TensorRef) else self._specs[value]
 
     # --- sizes ---------------------------------------------------------------------------------------------
 
@@ -395,7 +424,7 @@ class Recorder:
                 spec, bound, _ = self._check(node, self._specs, _FIRST_PRIME)
             except PellucidError as error:
                 error.where = error.where or line
-                self._refuted = error  # an earlier line is wrong: catching the error does not mend it
+                self.refute(error)
                 raise
             self._specs.append(spec)
             self._bounds.append(bound)
@@ -506,6 +535,10 @@ class Recorder:
         """End the writing; the saved values wait for their results, and ``reason`` says for what."""
         self._closed = reason
 
+    def refute(self, error: PellucidError) -> None:
+        """The trace cannot be mended by catching this error: whatever is asked of it raises it again."""
+        self._refuted = error
+
     def require_open(self, value: object = "this value") -> None:
         """Raise ValueNotReadyError once the trace has ended, and again the error that true sizes showed."""
         if self._closed is not None:
@@ -531,6 +564,8 @@ class Recorder:
 
     def describe(self, node: int) -> str:
         """Where a value comes from: its site, or its op."""
+        if self.whole is not None and (site := self.whole.site_of(node)) is not None:
+            return f"{site} of the whole batch"
         made = self.nodes[node]
         first = made.args[0] if made.args else None
         return str(first) if isinstance(first, Site) else made.op
@@ -551,10 +586,10 @@ class Recorder:
         return f"[{', '.join(sizes)}] {spec.dtype}"
 
 
-def session_of(owner: object) -> Session | None:
+def session_of(owner: LanguageModel) -> Session | None:
     """The session of a model that this thread is in, between two of its traces."""
     recorder = _ACTIVE.get()
-    if recorder is None or recorder.owner is not owner or recorder.region is not None:
+    if recorder is None or not owner._is_of(recorder.owner) or recorder.region is not None:
         return None
     return recorder.session
 
@@ -584,6 +619,21 @@ def enter(recorder: Recorder) -> Token[Recorder | None]:
         raise RecordingError(
             "a trace or session cannot be opened inside another; give an open trace a further input with "
             "tracer.invoke(), and an open session a further trace with session.trace()",
+            where=users_line(),
+        )
+    return _ACTIVE.set(recorder)
+
+
+def enter_edit(recorder: Recorder) -> Token[Recorder | None]:
+    """The same for an edit, which may stand in a session, between its traces.
+
+    Raises:
+        RecordingError: inside a trace, or another edit.
+    """
+    outer = _ACTIVE.get()
+    if outer is not None and (outer.session is None or outer.region is not None):
+        raise RecordingError(
+            "an edit is not made inside a trace or another edit: write `with model.edit():` outside of it",
             where=users_line(),
         )
     return _ACTIVE.set(recorder)

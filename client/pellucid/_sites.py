@@ -16,6 +16,7 @@ from pellucid_shared.check import site_spec
 from pellucid_shared.errors import (
     IndexOutOfRangeError,
     PellucidError,
+    RecordingError,
     ShapeError,
     SiteError,
     ValueNotReadyError,
@@ -25,9 +26,10 @@ from pellucid_shared.values import RESULT, Site
 
 from ._call import graph_value, value_of
 from ._lines import users_line
-from ._recorder import Recorder
+from ._recorder import WHOLE, Recorder
 from ._structure import Unread
 from ._value import Value
+from ._whole import WholeBatch
 
 
 class NoFieldError(SiteError, AttributeError):
@@ -172,8 +174,19 @@ def read(recorder: Recorder, module: str, kind: str) -> Any:
 
 
 def read_result(recorder: Recorder) -> Any:
-    """The ids that the generation ends with, [batch, prompt + new] int64."""
+    """The ids that the generation ends with, [batch, prompt + new] int64.
+
+    Raises:
+        RecordingError: the trace does not generate.
+    """
+    if recorder.current_trace().generation is None:
+        raise RecordingError(
+            "one forward pass ends with no ids; generate: `with model.generate(prompt, max_new_tokens=n):`",
+            where=users_line(),
+        )
     site = Site("", RESULT, (), recorder.current_invoke())
+    if site.invoke == WHOLE:
+        return _whole(recorder).read_result(site)
     return value_of(recorder, recorder.add(GET, (site,)))
 
 
@@ -212,7 +225,7 @@ def write(recorder: Recorder, site: Site, structure: Structure, value: Any) -> N
         SiteError: something that is no tensor would be written.
     """
     if isinstance(structure, TensorLeaf):
-        _write_tensor(recorder, site, value)
+        _write_tensor(recorder, site, structure, value)
     elif isinstance(structure, Items | Fields):
         for key, part, member in _pairs(site, structure, value):
             write(recorder, _inside(site, key), part, member)
@@ -250,20 +263,26 @@ def _read(recorder: Recorder, site: Site, structure: Structure) -> Any:
         recorder.unread.setdefault(_whole_site(recorder, site), weakref.WeakSet()).add(found)
         return found
     if isinstance(structure, TensorLeaf) and structure.shape is not None:
+        if site.invoke == WHOLE:
+            return _whole(recorder).read(site, structure)
         return value_of(recorder, recorder.add(GET, (site,)))
     return Untouched(site, show_structure(structure))
 
 
-def _write_tensor(recorder: Recorder, site: Site, value: Any) -> None:
+def _write_tensor(recorder: Recorder, site: Site, leaf: TensorLeaf, value: Any) -> None:
     if isinstance(value, SiteStructure | Untouched | tuple | list | dict):
         raise ShapeError(
             f"{site} is one tensor and was given a {type(value).__name__}; assign the tensor itself",
             where=users_line(),
         )
-    if isinstance(value, Value) and recorder.shows(value.ref(recorder).node, site):
+    if site.invoke != WHOLE and isinstance(value, Value) and recorder.shows(value.ref(recorder).node, site):
         return
     for structure in list(recorder.unread.get(_whole_site(recorder, site), ())):
         structure.keep(site)  # names already taken keep what was there
+    if site.invoke == WHOLE:
+        for one, part in _whole(recorder).taken_apart(site, leaf, value):
+            _write_tensor(recorder, one, leaf, part)
+        return
     recorder.last_set[recorder.trace_index(), site] = recorder.add(SET, (site, graph_value(value, recorder)))
 
 
@@ -296,6 +315,11 @@ def _pairs(site: Site, structure: Items | Fields, value: Any) -> Iterator[tuple[
 def _site(recorder: Recorder, module: str, kind: str) -> Site:
     """The whole of a module's output or arguments, in the invoke and step that are being written."""
     return Site(module, kind, (), recorder.current_invoke(), recorder.step_of(module))
+
+
+def _whole(recorder: Recorder) -> WholeBatch:
+    assert recorder.whole is not None
+    return recorder.whole
 
 
 def _whole_site(recorder: Recorder, site: Site) -> tuple[Any, ...]:

@@ -96,6 +96,7 @@ def advance(recorder: Recorder, steps: int, module: str | None = None) -> None:
         RecordingError: past the last step, or the trace does not generate.
     """
     trace = recorder.current_trace()
+    recorder.require_steps()
     if trace.generation is None:
         raise RecordingError(
             "a trace is one forward pass and has no next step; generate with "

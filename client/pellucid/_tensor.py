@@ -26,6 +26,7 @@ from ._later import VALUE, refuse
 from ._lines import is_users, users_line
 from ._operators import Operators
 from ._recorder import Recorder, recording
+from ._sizes import Shape, Size, refuse_sizes
 from ._value import Value
 
 _SPACES = ("torch", "torch.Tensor", "torch.nn.functional", "torch.linalg", "torch.fft", "torch.special")
@@ -118,6 +119,8 @@ class RecordingMode(TorchFunctionMode):
                 "use torch.stack([...])",
                 where=users_line(),
             )
+        if func in _LITERALS:
+            refuse_sizes(args[:1])
         op = _factories().get(id(func))
         # Factories that torch and transformers call (a module's initialisation, printing) are not the user's.
         if op is not None and is_users(sys._getframe(1).f_code.co_filename) and _takes(op, kwargs):
@@ -169,8 +172,8 @@ class TorchBackend:
     def recording(self, recorder: Recorder) -> RecordingMode:
         return RecordingMode()
 
-    def shape(self, sizes: tuple[int, ...]) -> torch.Size:
-        return torch.Size(sizes)
+    def shape(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return torch.Size(sizes) if not any(isinstance(size, Size) for size in sizes) else Shape(sizes)
 
     def dtype(self, name: str) -> torch.dtype:
         found: torch.dtype = getattr(torch, name)

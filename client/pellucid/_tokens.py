@@ -114,6 +114,14 @@ def token_axes(value: Operators) -> Axes:
     """
     recorder, node = value.recorder, value.ref(value.recorder).node
     before = _ancestors(recorder, node)
+    if recorder.whole is not None and (joined := recorder.whole.prompt_of(before)) is not None:
+        if tuple(value.shape)[:2] == (joined.rows, joined.tokens):
+            return Axes(0, 1, recorder, joined)
+        raise ShapeError(
+            f"{value} is not rows by tokens of the whole batch; take .token[...] of what was read "
+            "from the site",
+            where=users_line(),
+        )
     prompts = {id(p): p for i in before if recorder.nodes[i].op == GET for p in [recorder.prompt_of(i)]}
     if len(prompts) != 1:
         what = f"is made from {len(prompts)} prompts" if prompts else "comes from no site of the model"

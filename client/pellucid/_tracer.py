@@ -10,6 +10,7 @@ from pellucid_shared.errors import InputError, PellucidError, RecordingError
 from pellucid_shared.graph import Generation, Graph
 
 from ._body import Body
+from ._edit import Edit, replay_edits
 from ._files import Experiment
 from ._inputs import Prompt, prompt
 from ._later import SESSION, TRACER, refuse
@@ -18,6 +19,7 @@ from ._recorder import Recorder
 from ._run import Run
 from ._sites import read_result
 from ._steps import GrowingList, Steps, StepsBody, advance
+from ._whole import open_whole
 
 if TYPE_CHECKING:
     from ._job import Job
@@ -32,11 +34,13 @@ class TraceOptions:
         generation: how it generates; None: it is one pass.
         seed: of its random numbers.
         tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
+        edits: those of the model, in order.
     """
 
     generation: Generation | None = None
     seed: int = 0
     tuple_outputs: bool = False
+    edits: tuple[Edit, ...] = ()
 
 
 class Session:
@@ -150,22 +154,24 @@ class Tracer(Body):
     def invoke(self, *inputs: Any) -> Invocation:
         """``with tracer.invoke(prompt):`` one input of the pass; the body sees only its rows and tokens.
 
+        ``with tracer.invoke():`` is a body over the whole batch, the inputs before it: their rows one after
+        another, each padded on the left to the longest (zeros in hidden states, the pad token among ids).
+
         Args:
             inputs: one input: a str, a list of str, token ids, a tensor of ids, or a dict with input_ids.
 
         Raises:
             EmptyPromptError: no text and no ids.
             InputError: not one of the forms taken.
-            RecordingError: the trace was given its input already, or another body is open.
+            RecordingError: the trace was given its input already, another body is open, or there is no input
+                before a body over the whole batch.
         """
-        if not inputs:
-            refuse(TRACER, "invoke()", "tracer.invoke() without an input")
         if self._given is not None:
             raise RecordingError(
                 "this trace was given its input; leave it out of model.trace() to invoke several",
                 where=users_line(),
             )
-        return Invocation(self._recorder, one_input(inputs, "tracer.invoke"))
+        return Invocation(self._recorder, one_input(inputs, "tracer.invoke") if inputs else None)
 
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"tracer.{name}")
@@ -179,8 +185,9 @@ class Tracer(Body):
             with at_users_line():
                 self._recorder.open_trace(self._options.generation, self._options.seed)
                 self._recorder.tuple_outputs = self._options.tuple_outputs
+                self._recorder.edits = self._options.edits
                 if self._given is not None:
-                    self._recorder.invoke = self._recorder.add_prompt(self._given)
+                    _open_body(self._recorder, self._given)
         except BaseException as error:
             if self._own:
                 self._run.leave(error)
@@ -216,9 +223,9 @@ class Tracer(Body):
 
 
 class Invocation(Body):
-    """One input of a trace, and the block that is written about it."""
+    """One input of a trace, or all before it, and the block that is written about it."""
 
-    def __init__(self, recorder: Recorder, given: Prompt) -> None:
+    def __init__(self, recorder: Recorder, given: Prompt | None) -> None:
         self._recorder = recorder
         self._given = given
 
@@ -230,7 +237,7 @@ class Invocation(Body):
                 where=users_line(),
             )
         with at_users_line():
-            self._recorder.invoke = self._recorder.add_prompt(self._given)
+            _open_body(self._recorder, self._given)
         return self
 
     def next(self, steps: int = 1) -> None:
@@ -247,6 +254,19 @@ class Invocation(Body):
                 self._recorder.end_invoke()
         self._recorder.endings.clear()
         self._recorder.invoke = None
+
+
+def _open_body(recorder: Recorder, given: Prompt | None) -> None:
+    """Begin the body of an input, with the model's edits at its head, or that of the whole batch."""
+    if given is None:
+        recorder.invoke = open_whole(recorder)
+        return
+    recorder.invoke = recorder.add_prompt(given)
+    try:
+        replay_edits(recorder)
+    except BaseException:
+        recorder.invoke = None
+        raise
 
 
 def one_input(inputs: tuple[Any, ...], what: str) -> Prompt:

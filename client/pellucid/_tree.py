@@ -118,7 +118,7 @@ class Module:
 
     def _recorder(self) -> Recorder:
         recorder = active()
-        if recorder.owner is not self._model:
+        if not self._model._is_of(recorder.owner):
             raise RecordingError(
                 f"{self.path or 'this model'} belongs to {self._model.name}, and the open trace is of "
                 f"{recorder.model}",

@@ -141,7 +141,8 @@ class Runner(Tracer):
     def invoke(self, *inputs: Any) -> Iterator[Invocation]:  # type: ignore[override]
         """See :meth:`Tracer.invoke`."""
         with super().invoke(*inputs) as invocation:
-            self._recorder.endings.append(self._keep)
+            if inputs:
+                self._recorder.endings.append(self._keep)
             yield invocation
 
     @property

@@ -104,7 +104,7 @@ class _Builder:
             if node.op in (GET, SET):
                 when, roots, gets = self._site(position, node, when)
             elif node.op not in (APPLY, SAVE):
-                source, alias = _aliased(node, bound[position])
+                source, alias = aliased(node, bound[position])
                 if source is not None and alias is not Alias.FRESH:
                     roots = self.roots[source] | (roots if alias is Alias.MAYBE_VIEW else frozenset())
                     gets = self.gets[source]
@@ -177,7 +177,7 @@ def _site_root(card: ModelCard, trace: int, site: Site) -> Root:
     return ("site", trace, site.invoke, site.step, site.module, site.kind, site.path, site.call)
 
 
-def _aliased(node: Node, bound: dict[str, Any] | None) -> tuple[int | None, Alias]:
+def aliased(node: Node, bound: dict[str, Any] | None) -> tuple[int | None, Alias]:
     """The node whose storage an op's result relates to, and how."""
     op = lookup(node.op)
     if bound is None:
