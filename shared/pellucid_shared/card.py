@@ -124,11 +124,13 @@ class ModelCard(_Frozen):
         revision: the source's revision (a commit), or None.
         class_name: the transformers class.
         base_model_prefix: path of the base model; names absent at the root resolve through it.
-        fingerprint: SHA-256 over what decides results bit for bit: weights, dtype, versions, device.
+        fingerprint: SHA-256 over what decides results bit for bit: weights, dtype, versions, device;
+            ``meta`` where the card was made without weights.
         dtype: the parameters' dtype.
         parameters: number of parameters.
         vocab_size, max_tokens: bounds on ids and prompt length; max_tokens is None where the model has none.
-        packs: invokes may share one packed pass (certified against alone).
+        packs: invokes may share one packed pass (certified against alone); None: the card was made without
+            weights, which cannot tell, and a scan takes it that they may.
         modules: the tree in depth-first order, root first.
         prefill: the calls of one forward pass, in order of ``enter``.
         decode: the calls of one decode step with a cache; empty where the model does not generate.
@@ -147,7 +149,7 @@ class ModelCard(_Frozen):
     parameters: int
     vocab_size: int
     max_tokens: int | None = None
-    packs: bool = False
+    packs: bool | None = False
     modules: tuple[ModuleInfo, ...]
     prefill: tuple[Call, ...]
     decode: tuple[Call, ...] = ()

@@ -45,7 +45,7 @@ def shares_pass(flat: Flat, trace: int, card: ModelCard) -> bool:
     if len(flat.traces[trace].invokes) == 1:
         return True
     sites = (n.site for n in flat.nodes if n.op in (GET, SET) and n.region == trace)
-    return card.packs and all(_packable(card, site) for site in sites if site.kind != RESULT)
+    return card.packs is not False and all(_packable(card, site) for site in sites if site.kind != RESULT)
 
 
 def _packable(card: ModelCard, site: Site) -> bool:

@@ -40,13 +40,23 @@ _RAGGED = (5, 9)
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: bool = False) -> ModelCard:
-    """The card of a resident model in evaluation mode. Its weights and state are left as they were."""
+def probe(
+    model: torch.nn.Module,
+    *,
+    id: str,
+    source: str = "",
+    has_tokenizer: bool = False,
+    weights: bool = True,
+) -> ModelCard:
+    """The card of a resident model in evaluation mode. Its weights and state are left as they were.
+
+    ``weights=False``: its tensors have no numbers (``meta.py``), so whether it packs is not known.
+    """
     config: Any = model.config
     with torch.no_grad():
         prefill = _calls(model, decode=False)
         decode = _calls(model, decode=True)
-        packs = _certify_packing(model)
+        packs = _certify_packing(model) if weights else None
     text_config = config.get_text_config()
     return ModelCard(
         id=id,
@@ -54,7 +64,7 @@ def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: b
         revision=getattr(config, "_commit_hash", None),
         class_name=type(model).__name__,
         base_model_prefix=_prefix(model),
-        fingerprint=_fingerprint(model),
+        fingerprint=_fingerprint(model) if weights else "meta",
         dtype=dtype_name(next(model.parameters()).dtype),
         parameters=sum(p.numel() for p in model.parameters()),
         vocab_size=text_config.vocab_size,
