@@ -32,6 +32,7 @@ class TensorLeaf(_Frozen):
     shape: tuple[Size, ...] | None  # None: the axes follow no rule the probe could find
     dtype: str
     object: int | None = None
+    storage: int | None = None  # tensors with the same number share memory, where the card says so
 
     def spec(self, batch: int, tokens: int) -> TensorSpec | None:
         """The concrete spec for a batch of that many rows of that many tokens."""
@@ -137,6 +138,7 @@ class ModelCard(_Frozen):
         has_tokenizer: text can be tokenized.
         config: the model's config as JSON.
         versions: versions of torch, transformers, accelerate, pellucid.
+        takes: ``tokens``; or ``tensors``, a torch module whose invokes share a pass row by row (axis 0).
     """
 
     id: str
@@ -156,6 +158,7 @@ class ModelCard(_Frozen):
     has_tokenizer: bool = False
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    takes: Literal["tokens", "tensors"] = "tokens"
 
     @cached_property
     def module_index(self) -> dict[str, ModuleInfo]:
