@@ -1,8 +1,8 @@
 """The card of any torch module, made by running it on an input of the user's.
 
-It runs at the input's own size and with one row more; an axis that follows is ``batch``. Then it runs with one
-more on axis 1, where it can; an axis that follows is ``tokens``. At last it runs on the rows of the first two
-together: if every site with a batch has the rows it has alone, invokes may share a pass.
+It runs at the input's own size and with one row more; an axis that follows is ``batch``. Then it runs with
+one more on axis 1, where it can; an axis that follows is ``tokens``. At last it runs on the rows of the first
+two together: if every site with a batch has the rows it has alone, invokes may share a pass.
 """
 
 from __future__ import annotations
