@@ -239,6 +239,24 @@ def test_the_users_tensors_and_module_are_left_as_they_were() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
+def test_the_probe_leaves_state_and_random_numbers_alone() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(1))
+
+        def forward(self, x: Any) -> Any:
+            self.runs += 1
+            return x + torch.rand(4)
+
+    net, x = Counts(), torch.randn(2, 4)
+    torch.manual_seed(5)
+    found = Model(net).trace(x, trace=False)
+    torch.manual_seed(5)
+    torch.testing.assert_close(found, x + torch.rand(4))
+    assert net.runs.item() == 1  # type: ignore[operator]
+
+
 def test_a_trace_has_random_numbers_of_its_own() -> None:
     model: Any = Model(nn.Linear(4, 4))
     found = []
