@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pellucid_shared.graph import Graph as Graph
 
     from . import torch as torch
+    from ._any_model import Model as Model
     from ._config import config as config
     from ._files import load_experiment as load_experiment
     from ._files import save_experiment as save_experiment
@@ -34,6 +35,7 @@ _PUBLIC = {
     "Graph": ("pellucid_shared.graph", "Graph"),
     "Job": ("pellucid._job", "Job"),
     "LanguageModel": ("pellucid._model", "LanguageModel"),
+    "Model": ("pellucid._any_model", "Model"),
     "config": ("pellucid._config", "config"),
     "errors": ("pellucid_shared.errors", ""),
     "load_experiment": ("pellucid._files", "load_experiment"),
@@ -46,6 +48,7 @@ __all__ = [
     "Graph",
     "Job",
     "LanguageModel",
+    "Model",
     "__version__",
     "config",
     "errors",

@@ -11,11 +11,12 @@ from ._lines import users_line
 
 _NO_GRADIENTS = "gradients; this version reads and writes values only"
 _NO_FLOW = "control flow on values; use torch.where(condition, a, b)"
-_LANGUAGE_MODELS = "this version has LanguageModel, for causal language models"
+_LANGUAGE_MODELS = (
+    "this version has LanguageModel, for causal language models, and Model, for any torch module"
+)
 
 #: Name -> what it is, and what to do instead.
 PACKAGE = {
-    "Model": f"any torch module as a model; {_LANGUAGE_MODELS}",
     "EncoderModel": f"encoders; {_LANGUAGE_MODELS}",
     "VisionLanguageModel": f"models of images and text; {_LANGUAGE_MODELS}",
     "DiffusionModel": f"diffusion pipelines; {_LANGUAGE_MODELS}",

@@ -69,7 +69,8 @@ class LanguageModel(Module):
             or written as a path), or a model that is given, runs in this process.
         model, tokenizer: a transformers model that is loaded already, and its tokenizer.
         device_map, dtype: how transformers loads it in this process; the checkpoint's dtype if left out.
-        dispatch: load it now, not on first use.
+        dispatch: load it now. Left out, it is loaded by the first run; until then its tree, its shapes and
+            ``scan`` come from its config alone.
         rename: names of your own for modules; see :meth:`rename`.
         tuple_outputs: decoder blocks that return a tensor are seen as returning a tuple of one, and
             ``.input`` is the tuple of arguments, as they were in earlier years.
@@ -126,6 +127,9 @@ class LanguageModel(Module):
         self._remote: bool | str = remote
         if remote is not False or dispatch:
             with at_users_line():
+                target = self._target(None)
+                if dispatch and isinstance(target, LocalModel):
+                    _ = target.engine
                 _ = self._names()
 
     @property
@@ -204,7 +208,8 @@ class LanguageModel(Module):
 
     def scan(self, *inputs: Any, **options: Any) -> Tracer:
         """``with model.scan(prompt):`` a trace that is written and checked, and never run: shapes and errors
-        are known inside the block, and saved names have no value after it. Arguments as for :meth:`trace`."""
+        are known inside the block, and saved names have no value after it. Nothing is loaded for it: a model
+        in this process, of any size, is known by its config. Arguments as for :meth:`trace`."""
         return self._begin(Tracer, "model.scan", inputs, options, None, ScanRun)
 
     def forward(self, **options: Any) -> Runner:

@@ -437,7 +437,7 @@ class Recorder:
 
     def _sizes(self, start: int) -> list[tuple[int, int]]:
         """(batch, tokens) of each invoke, primes from ``start`` on in place of unknown counts."""
-        if len(self._sized.get(start, ())) != len(self.prompts):
+        if len(self._sized.setdefault(start, [])) != len(self.prompts):
             self._sized[start] = [
                 (prompt.rows, prime if prompt.tokens is None else prompt.tokens)
                 for prompt, prime in zip(self.prompts, _primes(start), strict=False)

@@ -204,7 +204,9 @@ def _functions() -> dict[int, Op]:
 def _factories() -> dict[int, Op]:
     """The part of :func:`_functions` that takes no tensor: zeros, randn, arange, ..."""
     return {
-        key: op for key, op in _functions().items() if not any(p.kind in _TENSOR_KINDS for p in op.params)
+        key: op
+        for key, op in _functions().items()
+        if op.id != "getitem" and not any(p.kind in _TENSOR_KINDS for p in op.params)
     }
 
 

@@ -48,6 +48,11 @@ def admit(graph: Graph, model: Model, tensors: Mapping[str, WireTensor]) -> Admi
         GraphError: it does not fit; ``node`` names the node.
     """
     invokes = [(trace, invoke) for trace in graph.traces for invoke in trace.invokes]
+    if any(invoke.tensors is not None for _, invoke in invokes):
+        raise InputError(
+            f"this graph calls a torch module with tensors, which runs in its user's process only; "
+            f"{model.card.id} takes text or token ids"
+        )
     inputs = tuple(tokenized(i, invoke, model) for i, (_, invoke) in enumerate(invokes))
     for index, ((trace, _), own) in enumerate(zip(invokes, inputs, strict=True)):
         require_room(index, own.size[1], trace, model.card)

@@ -32,6 +32,7 @@ class TensorLeaf(_Frozen):
     shape: tuple[Size, ...] | None  # None: the axes follow no rule the probe could find
     dtype: str
     object: int | None = None
+    storage: int | None = None  # tensors with the same number share memory, where the card says so
 
     def spec(self, batch: int, tokens: int) -> TensorSpec | None:
         """The concrete spec for a batch of that many rows of that many tokens."""
@@ -124,17 +125,20 @@ class ModelCard(_Frozen):
         revision: the source's revision (a commit), or None.
         class_name: the transformers class.
         base_model_prefix: path of the base model; names absent at the root resolve through it.
-        fingerprint: SHA-256 over what decides results bit for bit: weights, dtype, versions, device.
+        fingerprint: SHA-256 over what decides results bit for bit: weights, dtype, versions, device;
+            ``meta`` where the card was made without weights.
         dtype: the parameters' dtype.
         parameters: number of parameters.
         vocab_size, max_tokens: bounds on ids and prompt length; max_tokens is None where the model has none.
-        packs: invokes may share one packed pass (certified against alone).
+        packs: invokes may share one packed pass (certified against alone); None: the card was made without
+            weights, which cannot tell, and a scan takes it that they may.
         modules: the tree in depth-first order, root first.
         prefill: the calls of one forward pass, in order of ``enter``.
         decode: the calls of one decode step with a cache; empty where the model does not generate.
         has_tokenizer: text can be tokenized.
         config: the model's config as JSON.
         versions: versions of torch, transformers, accelerate, pellucid.
+        takes: ``tokens``; or ``tensors``, a torch module whose invokes share a pass row by row (axis 0).
     """
 
     id: str
@@ -147,13 +151,14 @@ class ModelCard(_Frozen):
     parameters: int
     vocab_size: int
     max_tokens: int | None = None
-    packs: bool = False
+    packs: bool | None = False
     modules: tuple[ModuleInfo, ...]
     prefill: tuple[Call, ...]
     decode: tuple[Call, ...] = ()
     has_tokenizer: bool = False
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
+    takes: Literal["tokens", "tensors"] = "tokens"
 
     @cached_property
     def module_index(self) -> dict[str, ModuleInfo]:

@@ -133,8 +133,10 @@ class Graph:
         return names
 
     def literals(self) -> set[str]:
-        """Digests of the tensors the nodes name: those of the request's safetensors part."""
-        found: set[str] = set()
+        """Digests of the tensors the nodes name, and those that modules are called with: those of the
+        request's safetensors part."""
+        inputs = (invoke.tensors for trace in self.traces for invoke in trace.invokes)
+        found = {digest for tensors in inputs if tensors is not None for digest in tensors.digests()}
 
         def leaf(value: Value) -> Value:
             if isinstance(value, TensorRef):

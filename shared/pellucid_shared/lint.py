@@ -99,6 +99,8 @@ def _lint_each(graph: Graph, index: int, region: Each) -> None:
 
 
 def _lint_invoke(index: int, invoke: Invoke) -> None:
+    if invoke.tensors is not None:
+        return
     rows: Sequence[Any] = [invoke.input] if isinstance(invoke.input, str) else invoke.input
     if rows and isinstance(rows[0], int):
         rows = [rows]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn, TypeAlias
 
 from .errors import GraphError
+from .tensor_input import TensorInput
 from .values import decode, encode
 
 MAX_NEW_TOKENS = 100_000
@@ -18,15 +19,17 @@ MAX_NEW_TOKENS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Invoke:
-    """One input of a trace: text, texts, or token ids.
+    """One input of a trace: text, texts, or token ids; or, of a torch module, tensors.
 
     Attributes:
         input: a str, a list of str (a batch), a list of ids, or a list of lists of ids (a batch).
         mask: optional attention mask, a list of lists of 0 and 1 beside a batch of ids of one length.
+        tensors: what a torch module is called with; ``input`` is then empty.
     """
 
     input: str | list[str] | list[int] | list[list[int]]
     mask: list[list[int]] | None = None
+    tensors: TensorInput | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def encode_region(region: Region) -> dict[str, Any]:
         return {**data, "optional": True} if region.optional else data
     invokes = []
     for invoke in region.invokes:
-        data = {"input": invoke.input}
+        data = {"input": invoke.input} if invoke.tensors is None else {"tensors": invoke.tensors.encode()}
         if invoke.mask is not None:
             data["mask"] = invoke.mask
         invokes.append(data)
@@ -203,6 +206,9 @@ _BOUNDS: dict[str, tuple[float, float, bool]] = {
 
 
 def _decode_invoke(index: int, data: Any) -> Invoke:
+    if isinstance(data, dict) and "tensors" in data:
+        given = json_object(data, f"invoke {index}", {"tensors"}, set())
+        return Invoke("", tensors=TensorInput.decode(given["tensors"]))
     top = json_object(data, f"invoke {index}", {"input"}, {"mask"})
     value = top["input"]
     texts = isinstance(value, str) or (_list_of(value, str) and value)

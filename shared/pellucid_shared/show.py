@@ -92,6 +92,9 @@ def tensor_name(digest: str) -> str:
 
 
 def _invoke(invoke: Invoke) -> str:
+    if invoke.tensors is not None:
+        given = [_text(v) for v in invoke.tensors.args]
+        return ", ".join(given + [f"{k}={_text(v)}" for k, v in invoke.tensors.kwargs.items()])
     text = repr(invoke.input)
     text = text if len(text) <= 90 else text[:87] + "..."
     return text if invoke.mask is None else f"{text} (masked)"

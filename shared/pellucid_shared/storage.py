@@ -44,8 +44,22 @@ def shares_pass(flat: Flat, trace: int, card: ModelCard) -> bool:
     trace touches is a slice of its packed tensor."""
     if len(flat.traces[trace].invokes) == 1:
         return True
-    sites = (n.site for n in flat.nodes if n.op in (GET, SET) and n.region == trace)
-    return card.packs and all(_packable(card, site) for site in sites if site.kind != RESULT)
+    sites = [n.site for n in flat.nodes if n.op in (GET, SET) and n.region == trace]
+    if card.takes == "tensors":
+        return card.packs is True and _by_rows([site_leaf(card, site) for site in sites])
+    return card.packs is not False and all(_packable(card, site) for site in sites if site.kind != RESULT)
+
+
+def _by_rows(leaves: Sequence[TensorLeaf | None]) -> bool:
+    """Whether each site follows the batch with its axis 0, and none is another view of the memory of one."""
+    objects: dict[int | None, int | None] = {}
+    return all(
+        leaf is not None
+        and leaf.shape is not None
+        and leaf.shape[:1] == ("batch",)
+        and objects.setdefault(leaf.storage, leaf.object) == leaf.object
+        for leaf in leaves
+    )
 
 
 def _packable(card: ModelCard, site: Site) -> bool:
@@ -173,7 +187,8 @@ class _Builder:
 def _site_root(card: ModelCard, trace: int, site: Site) -> Root:
     leaf = site_leaf(card, site) if site.kind != RESULT else None
     if leaf is not None and leaf.object is not None:
-        return ("site", trace, site.invoke, site.step, leaf.object)
+        memory = leaf.object if leaf.storage is None else leaf.storage
+        return ("site", trace, site.invoke, site.step, memory)
     return ("site", trace, site.invoke, site.step, site.module, site.kind, site.path, site.call)
 
 

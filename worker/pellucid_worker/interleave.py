@@ -100,7 +100,7 @@ class Run:
                 continue
             arguments, segments = inputs.packed(self._model, rows)
             with packed.attention_by_segment(self._model, segments):
-                self._forward(each, arguments, _packed_view(dict(enumerate(segments))))
+                self._forward(each, arguments, packed_view(dict(enumerate(segments))))
 
     def _generate(self, group: Group, options: Generation) -> None:
         """Decode until every invoke has ended, or nothing more is wanted."""
@@ -116,7 +116,7 @@ class Run:
             each = passes.pop(step, Pass(step, ()))
             with decoding.step() as (arguments, segments):
                 live = [group.invokes[i] for i in decoding.live]
-                view = WholeView if segments is None else _packed_view(dict(zip(live, segments, strict=True)))
+                view = WholeView if segments is None else packed_view(dict(zip(live, segments, strict=True)))
                 output = self._forward(each, arguments, view)
             if output is None:  # stopped after the last site that anything needs
                 break
@@ -135,13 +135,13 @@ class Run:
             tokens = {group.invokes[i]: ids.tolist() for i, ids in chosen.items()}
             self._notify("token", {"trace": group.trace, "step": step, "ids": tokens})
 
-    def _forward(self, each: Pass, arguments: dict[str, Any], view: Callable[[Any], View]) -> Any:
+    def _forward(self, each: Pass, arguments: Any, view: Callable[[Any], View]) -> Any:
         """Run the model once with the pass's events; its output, or None where it was stopped early."""
         done: set[int] = set()
         handles = self._hook(each.events, view, done)
         output = None
         try:
-            output = self._model(**arguments)
+            output = self._call(arguments)
         except _StopPassError:
             pass
         except PellucidError:
@@ -153,6 +153,9 @@ class Run:
                 handle.remove()
         self._require_all(each.events, done)
         return output
+
+    def _call(self, arguments: Any) -> Any:
+        return self._model(**arguments)
 
     def _require_wanted(self) -> None:
         if self._cancelled is not None and self._cancelled.is_set():
@@ -288,7 +291,7 @@ class Run:
         return ExecutionError(f"{name} failed{given}: {_reason(error)}", node=origin)
 
 
-def _packed_view(segments: Mapping[int, Segment]) -> Callable[[Any], View]:
+def packed_view(segments: Mapping[int, Segment | slice]) -> Callable[[Any], View]:
     privates = Privates()
     return lambda value: PackedView(value, segments, privates)
 

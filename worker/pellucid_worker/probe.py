@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,23 @@ _RAGGED = (5, 9)
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: bool = False) -> ModelCard:
-    """The card of a resident model in evaluation mode. Its weights and state are left as they were."""
+def probe(
+    model: torch.nn.Module,
+    *,
+    id: str,
+    source: str = "",
+    has_tokenizer: bool = False,
+    weights: bool = True,
+) -> ModelCard:
+    """The card of a resident model in evaluation mode. Its weights and state are left as they were.
+
+    ``weights=False``: its tensors have no numbers (``meta.py``), so whether it packs is not known.
+    """
     config: Any = model.config
     with torch.no_grad():
         prefill = _calls(model, decode=False)
         decode = _calls(model, decode=True)
-        packs = _certify_packing(model)
+        packs = _certify_packing(model) if weights else None
     text_config = config.get_text_config()
     return ModelCard(
         id=id,
@@ -54,18 +64,18 @@ def probe(model: torch.nn.Module, *, id: str, source: str = "", has_tokenizer: b
         revision=getattr(config, "_commit_hash", None),
         class_name=type(model).__name__,
         base_model_prefix=_prefix(model),
-        fingerprint=_fingerprint(model),
+        fingerprint=_fingerprint(model) if weights else "meta",
         dtype=dtype_name(next(model.parameters()).dtype),
         parameters=sum(p.numel() for p in model.parameters()),
         vocab_size=text_config.vocab_size,
         max_tokens=getattr(text_config, "max_position_embeddings", None),
         packs=packs,
-        modules=tuple(_modules(model)),
+        modules=tuple(modules_of(model)),
         prefill=prefill,
         decode=decode,
         has_tokenizer=has_tokenizer,
         config=_config(config),
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -78,7 +88,7 @@ def _config(config: Any) -> dict[str, Any]:
     return {**found, **{name: found[own] for name, own in config.attribute_map.items() if own in found}}
 
 
-def _modules(model: torch.nn.Module) -> list[ModuleInfo]:
+def modules_of(model: torch.nn.Module) -> list[ModuleInfo]:
     return [
         ModuleInfo(
             path=path,
@@ -100,7 +110,7 @@ def _prefix(model: torch.nn.Module) -> str:
 # --- events ------------------------------------------------------------------------------------------------
 
 
-class _Seen:
+class Seen:
     """One call as it happened; the tensors are kept, so that no two share an id."""
 
     def __init__(self, module: str, call: int, enter: int, args: Any, kwargs: Any) -> None:
@@ -108,17 +118,19 @@ class _Seen:
         self.args, self.kwargs, self.output = args, kwargs, None
 
 
-def _record(model: torch.nn.Module, arguments: Mapping[str, Any]) -> tuple[list[_Seen], Any]:
+def record(
+    model: torch.nn.Module, arguments: Mapping[str, Any], args: Sequence[Any] = ()
+) -> tuple[list[Seen], Any]:
     """Run the model with a hook on every module; its calls in order of entry, and its output."""
-    seen: list[_Seen] = []
-    open_calls: list[_Seen] = []
+    seen: list[Seen] = []
+    open_calls: list[Seen] = []
     counts: Counter[str] = Counter()
     clock = iter(range(10**9))
     handles = []
     for path, module in model.named_modules():
 
         def before(_: Any, args: Any, kwargs: Any, path: str = path) -> None:
-            call = _Seen(path, counts[path], next(clock), args, kwargs)
+            call = Seen(path, counts[path], next(clock), args, kwargs)
             counts[path] += 1
             seen.append(call)
             open_calls.append(call)
@@ -130,7 +142,7 @@ def _record(model: torch.nn.Module, arguments: Mapping[str, Any]) -> tuple[list[
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
     try:
-        output = model(**arguments)
+        output = model(*args, **arguments)
     finally:
         for handle in handles:
             handle.remove()
@@ -142,7 +154,7 @@ def _calls(model: torch.nn.Module, *, decode: bool) -> tuple[Call, ...]:
     runs = []
     for batch, tokens in _SIZES:
         if not decode:
-            runs.append(_record(model, alone(model, _random_rows(model, batch, tokens)))[0])
+            runs.append(record(model, alone(model, _random_rows(model, batch, tokens)))[0])
             continue
         own = _random_rows(model, batch, tokens)
         first = model(**{**alone(model, own), "use_cache": True})
@@ -151,7 +163,7 @@ def _calls(model: torch.nn.Module, *, decode: bool) -> tuple[Call, ...]:
             return ()
         step = {"input_ids": own.ids[:, :1], "past_key_values": cache, "use_cache": True}
         second = model(**step)
-        runs.append(_record(model, {**step, "past_key_values": second.past_key_values})[0])
+        runs.append(record(model, {**step, "past_key_values": second.past_key_values})[0])
     small, large = runs
     others = {(c.module, c.call): c for c in large}
     objects: dict[int, int] = {}
@@ -246,7 +258,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over config, attention function, versions, device kind, and of every tensor its name, shape and
     a sample of 1024 elements: enough to tell deployments apart, in milliseconds for a model of any size."""
     attention = getattr(model.config, "_attn_implementation", None)
-    decisive = [_config(model.config), attention, _versions()]
+    decisive = [_config(model.config), attention, versions()]
     state = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
@@ -257,7 +269,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return state.hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     import accelerate
     import transformers
 

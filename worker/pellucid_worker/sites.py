@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -97,7 +98,7 @@ class PackedView:
     """Several invokes share the pass: each gets a private contiguous tensor of its own rows and tokens, which
     is written back where its graph wrote it."""
 
-    def __init__(self, value: Any, segments: Mapping[int, Segment], privates: Privates) -> None:
+    def __init__(self, value: Any, segments: Mapping[int, Segment | slice], privates: Privates) -> None:
         self.value = value
         self._segments, self._privates = segments, privates
         self._edited: dict[tuple[int | str, ...], set[int]] = {}
@@ -139,9 +140,11 @@ class PackedView:
             self.value = with_member(self.value, path, new)
 
 
-def part(whole: torch.Tensor, segment: Segment) -> torch.Tensor:
+def part(whole: torch.Tensor, segment: Segment | slice) -> torch.Tensor:
     """A segment's view of a packed tensor: ``[1, sum, ...]`` becomes ``[batch, tokens, ...]``, and the rows
-    ``[sum, ...]`` of a site without a batch axis become ``[batch * tokens, ...]``."""
+    ``[sum, ...]`` of a site without a batch axis become ``[batch * tokens, ...]``. A slice is of rows."""
+    if isinstance(segment, slice):
+        return whole[segment]
     if whole.shape[0] == 1 and whole.ndim > 1:
         own = whole[0, segment.start : segment.stop]
         return own.view(segment.batch, segment.tokens, *own.shape[1:])
@@ -161,7 +164,7 @@ def fitted(value: Any, present: torch.Tensor) -> torch.Tensor:
 def member(value: Any, path: tuple[int | str, ...]) -> Any:
     """The leaf of a structure at a path. Fields of a model's output are reached by name."""
     for step in path:
-        value = value[step]
+        value = getattr(value, str(step)) if _is_dataclass(value) else value[step]
     return value
 
 
@@ -169,7 +172,7 @@ def with_member(value: Any, path: tuple[int | str, ...], new: Any) -> Any:
     """The structure with the leaf at ``path`` replaced; containers along the path are made anew."""
     if not path:
         return new
-    step, inner = path[0], with_member(value[path[0]], path[1:], new)
+    step, inner = path[0], with_member(member(value, path[:1]), path[1:], new)
     if isinstance(value, list | tuple):
         assert isinstance(step, int)
         items = [*value[:step], inner, *value[step + 1 :]]
@@ -179,4 +182,11 @@ def with_member(value: Any, path: tuple[int | str, ...], new: Any) -> Any:
     if hasattr(value, "to_tuple"):  # a transformers ModelOutput: its fields are set in place, as a hook would
         value[step] = inner
         return value
+    if _is_dataclass(value):
+        return dataclasses.replace(value, **{str(step): inner})
     return {**value, step: inner}
+
+
+def _is_dataclass(value: Any) -> bool:
+    """Whether its fields are reached as attributes alone; a ModelOutput's are items too."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, Mapping)
