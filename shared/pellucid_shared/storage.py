@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .apply import returns_its_input
-from .card import ModelCard, TensorLeaf, leaf_at
+from .card import ModelCard, TensorLeaf
 from .clock import Clock
 from .errors import OrderError
 from .flat import Flat
@@ -49,6 +49,8 @@ def shares_pass(flat: Flat, trace: int, card: ModelCard) -> bool:
 
 
 def _packable(card: ModelCard, site: Site) -> bool:
+    if not card.insides.packs(site):
+        return False
     prefill = site_leaf(card, replace(site, step=0))
     if prefill is None or not prefill.packable():
         return False
@@ -61,7 +63,7 @@ def _packable(card: ModelCard, site: Site) -> bool:
 def site_leaf(card: ModelCard, site: Site) -> TensorLeaf | None:
     """The card's leaf for a site, or None where there is none or it is no tensor."""
     call = card.call_at(site)
-    leaf = call and leaf_at(call.structure(site.kind), site.path)
+    leaf = call and card.insides.part(call, site)
     return leaf if isinstance(leaf, TensorLeaf) else None
 
 
