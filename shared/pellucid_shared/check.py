@@ -190,7 +190,7 @@ def site_spec(site: Site, card: ModelCard, scene: Scene) -> TensorSpec:
         if isinstance(leaf, TensorLeaf)
     ]
     has = f"it has tensors at {', '.join(options)}" if options else "it has no tensors"
-    raise SiteError(f"{site} is not a tensor; {has}")
+    raise SiteError(f"{site} is not a tensor of {name}'s {site.kind}; {has}")
 
 
 def _result_spec(site: Site, scene: Scene) -> TensorSpec:
