@@ -138,6 +138,9 @@ class Model(Module):
         run = self._run(kind) if session is None else session.run
         return TensorTracer(self, run, prompt, TraceOptions(None, seed), alone=session is None)
 
+    def _is_of(self, other: object) -> bool:
+        return other is self
+
     def _prompt(self, what: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorPrompt:
         known = inspect.signature(self._engine.module.forward).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in known.values()):

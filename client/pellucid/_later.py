@@ -29,7 +29,6 @@ MODEL = {
     "std": "standard names of modules; print(model) shows the model's",
 }
 MODULE = {
-    "source": "values inside a module; .input and .output of modules can be read and written",
     "skip": "leaving a module out; assign to its .output",
     "backward_output": _NO_GRADIENTS,
     "backward_input": _NO_GRADIENTS,

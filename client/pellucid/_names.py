@@ -121,6 +121,11 @@ def look_up(module: Module, path: str) -> Any:
     parts = path.split(".")
     for position, part in enumerate(parts):
         last = position == len(parts) - 1
+        if part == "source" and part not in module.children:
+            found: Any = module.source
+            for inner in parts[position + 1 :]:
+                found = getattr(found, inner)
+            return found
         if last and part in _SITES and part not in module.children:
             return getattr(module, part)
         module = module._child(part)

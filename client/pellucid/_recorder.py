@@ -33,6 +33,7 @@ from ._lines import at_users_line, users_line
 from ._target import Target
 
 if TYPE_CHECKING:
+    from ._any_model import Model
     from ._edit import Edit
     from ._model import LanguageModel
     from ._tracer import Session
@@ -586,7 +587,7 @@ class Recorder:
         return f"[{', '.join(sizes)}] {spec.dtype}"
 
 
-def session_of(owner: LanguageModel) -> Session | None:
+def session_of(owner: LanguageModel | Model) -> Session | None:
     """The session of a model that this thread is in, between two of its traces."""
     recorder = _ACTIVE.get()
     if recorder is None or not owner._is_of(recorder.owner) or recorder.region is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace as replace_field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from pellucid_shared.card import Fields, OpaqueLeaf, PlainLeaf, Structure, TensorLeaf, leaf_at
 from pellucid_shared.card import Sequence as Items
@@ -30,6 +30,8 @@ from ._recorder import WHOLE, Recorder
 from ._structure import Unread
 from ._value import Value
 from ._whole import WholeBatch
+
+Path: TypeAlias = "tuple[int | str, ...]"
 
 
 class NoFieldError(SiteError, AttributeError):
@@ -163,13 +165,15 @@ class SiteStructure(Unread):
         return self._members[key]
 
 
-def read(recorder: Recorder, module: str, kind: str) -> Any:
+def read(recorder: Recorder, module: str, kind: str, path: Path = ()) -> Any:
     """The value at a module's output, or at ``("input")`` all its arguments as ``(args, kwargs)``.
+
+    ``path`` is the name of a call inside it, where ``kind`` is of calls.
 
     Raises:
         SiteError: the module is never called.
     """
-    site = _site(recorder, module, kind)
+    site = _site(recorder, module, kind, path)
     return _read(recorder, site, _structure(recorder, site))
 
 
@@ -200,21 +204,21 @@ def replace_output(recorder: Recorder, module: str, value: Any) -> None:
     replace(recorder, module, "output", value)
 
 
-def read_input(recorder: Recorder, module: str) -> Any:
+def read_input(recorder: Recorder, module: str, kind: str = "input", path: Path = ()) -> Any:
     """The first positional argument, or the first keyword argument where none is positional."""
-    site, structure = _first_input(recorder, module)
+    site, structure = _first_input(recorder, module, kind, path)
     return _read(recorder, site, structure)
 
 
-def replace(recorder: Recorder, module: str, kind: str, value: Any) -> None:
+def replace(recorder: Recorder, module: str, kind: str, value: Any, path: Path = ()) -> None:
     """Assign to a module's output, or to all its arguments."""
-    site = _site(recorder, module, kind)
+    site = _site(recorder, module, kind, path)
     write(recorder, site, _structure(recorder, site), value)
 
 
-def replace_input(recorder: Recorder, module: str, value: Any) -> None:
+def replace_input(recorder: Recorder, module: str, value: Any, kind: str = "input", path: Path = ()) -> None:
     """Assign to the argument :func:`read_input` reads."""
-    write(recorder, *_first_input(recorder, module), value)
+    write(recorder, *_first_input(recorder, module, kind, path), value)
 
 
 def write(recorder: Recorder, site: Site, structure: Structure, value: Any) -> None:
@@ -305,16 +309,16 @@ def _pairs(site: Site, structure: Items | Fields, value: Any) -> Iterator[tuple[
         )
         raise ShapeError(
             f"{site} is {show_structure(structure)} and was given {what}; assign a structure of the same "
-            f"form, or one member: {site.module}.{site.kind}[{next(iter(parts), 0)!r}] = value",
+            f"form, or one member: {_inside(site, next(iter(parts), 0))} = value",
             where=users_line(),
         )
     for key, part in parts.items():
         yield key, part, given[key]
 
 
-def _site(recorder: Recorder, module: str, kind: str) -> Site:
+def _site(recorder: Recorder, module: str, kind: str, path: Path = ()) -> Site:
     """The whole of a module's output or arguments, in the invoke and step that are being written."""
-    return Site(module, kind, (), recorder.current_invoke(), recorder.step_of(module))
+    return Site(module, kind, path, recorder.current_invoke(), recorder.step_of(module))
 
 
 def _whole(recorder: Recorder) -> WholeBatch:
@@ -329,7 +333,8 @@ def _whole_site(recorder: Recorder, site: Site) -> tuple[Any, ...]:
 def _structure(recorder: Recorder, site: Site) -> Structure:
     seen = replace_field(site, step=recorder.phase_of(site.module))
     call = recorder.card.call_at(seen)
-    if call is None:
+    found = None if call is None else recorder.card.insides.part(call, seen)
+    if found is None:
         try:
             assert recorder.region is not None
             site_spec(seen, recorder.card, recorder.scene(recorder.region))
@@ -337,21 +342,23 @@ def _structure(recorder: Recorder, site: Site) -> Structure:
             error.where = users_line()
             raise
         raise AssertionError("a module without a call has no site")
-    return call.structure(site.kind)
+    return found
 
 
-def _first_input(recorder: Recorder, module: str) -> tuple[Site, Structure]:
-    site = _site(recorder, module, "input")
+def _first_input(
+    recorder: Recorder, module: str, kind: str = "input", path: Path = ()
+) -> tuple[Site, Structure]:
+    site = _site(recorder, module, kind, path)
     structure = _structure(recorder, site)
     assert isinstance(structure, Items)
     args, kwargs = structure.items
-    tops: list[tuple[tuple[int | str, ...], Structure]]
+    tops: list[tuple[Path, Structure]]
     tops = [((0, i), part) for i, part in enumerate(args.items if isinstance(args, Items) else ())]
     tops += [((1, k), part) for k, part in (kwargs.items.items() if isinstance(kwargs, Fields) else ())]
     if not tops:
         raise SiteError(f"{module or 'the model'} is called without arguments", where=users_line())
-    path, part = next(((p, s) for p, s in tops if isinstance(s, TensorLeaf)), tops[0])
-    return replace_field(site, path=path), part
+    inner, part = next(((p, s) for p, s in tops if isinstance(s, TensorLeaf)), tops[0])
+    return replace_field(site, path=(*path, *inner)), part
 
 
 def _inside(site: Site, key: int | str) -> Site:

@@ -23,6 +23,7 @@ from ._later import MODEL, MODULE, refuse
 from ._lines import users_line
 from ._names import Names, look_up
 from ._recorder import Recorder, active
+from ._source import Source
 from ._steps import Steps, StepsBody, advance
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class Module:
     @inputs.setter
     def inputs(self, value: Any) -> None:
         _sites.replace(self._recorder(), self.path, "input", value)
+
+    @property
+    def source(self) -> Source:
+        """The calls of torch functions that the module makes itself: ``source.softmax_0.output``."""
+        return Source(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the module to a value, at any point and out of order: ``model.lm_head(model.model.norm(h))``.

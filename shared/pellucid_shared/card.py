@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from .specs import TensorSpec
-from .values import Site
+from .values import CALL, Site
 
-Axis = Literal["batch", "tokens", "rows"]
+if TYPE_CHECKING:
+    from .inside import Insides
+
+#: ``cache``: the tokens a decode step attends to, the prompt's and one for each step.
+Axis = Literal["batch", "tokens", "rows", "cache"]
 Size = int | Axis
 
 
@@ -34,11 +38,11 @@ class TensorLeaf(_Frozen):
     object: int | None = None
     storage: int | None = None  # tensors with the same number share memory, where the card says so
 
-    def spec(self, batch: int, tokens: int) -> TensorSpec | None:
-        """The concrete spec for a batch of that many rows of that many tokens."""
+    def spec(self, batch: int, tokens: int, step: int = 0) -> TensorSpec | None:
+        """The concrete spec for a batch of that many rows of that many tokens, at a step of generation."""
         if self.shape is None:
             return None
-        sizes = {"batch": batch, "tokens": tokens, "rows": batch * tokens}
+        sizes = {"batch": batch, "tokens": tokens, "rows": batch * tokens, "cache": tokens + step}
         return TensorSpec(tuple(sizes[s] if isinstance(s, str) else s for s in self.shape), self.dtype)
 
     def packable(self) -> bool:
@@ -88,7 +92,8 @@ class Call(_Frozen):
     """One call of one module: where it starts and ends in the order of events, what it takes and returns.
 
     ``args`` and ``kwargs`` are structures as passed. ``enter`` and ``exit`` are positions on one clock:
-    the input site happens at ``enter``, the output site at ``exit``.
+    the input site happens at ``enter``, the output site at ``exit``. ``body`` is which of the card's bodies
+    runs inside; ``shared`` gives the numbers that tensors of the body have among those of the modules.
     """
 
     module: str
@@ -98,6 +103,8 @@ class Call(_Frozen):
     args: tuple[Structure, ...]
     kwargs: dict[str, Structure]
     output: Structure
+    body: int | None = None
+    shared: dict[int, int] = {}
 
     def structure(self, kind: str) -> Structure:
         """The structure a site of that kind indexes: the output, or (args, kwargs)."""
@@ -106,6 +113,49 @@ class Call(_Frozen):
         return Sequence(
             leaf="tuple", items=(Sequence(leaf="tuple", items=self.args), Fields(items=self.kwargs))
         )
+
+
+class InsideCall(_Frozen):
+    """One call of a torch function by a module itself, not by its children.
+
+    Attributes:
+        name: ``<function>_<ordinal>``, counted within the call of the module.
+        after: how many of the module's children (counted by their calls) have ended by then.
+        input_packs, output_packs: the memory has no second name, so an invoke may have a private part of it.
+    """
+
+    name: str
+    after: int
+    args: tuple[Structure, ...]
+    kwargs: dict[str, Structure]
+    output: Structure
+    input_packs: bool = False
+    output_packs: bool = False
+
+    def structure(self, kind: str) -> Structure:
+        """The output, or (args, kwargs)."""
+        if kind == CALL:
+            return self.output
+        return Sequence(
+            leaf="tuple", items=(Sequence(leaf="tuple", items=self.args), Fields(items=self.kwargs))
+        )
+
+
+class Body(_Frozen):
+    """The calls inside a module that have to do with tensors, in order. Modules that do the same share one.
+
+    Attributes:
+        eager: they are these only under eager attention, not under the model's own.
+        packs: they are the same in a packed pass.
+    """
+
+    calls: tuple[InsideCall, ...]
+    eager: bool = False
+    packs: bool = False
+
+    @cached_property
+    def index(self) -> dict[str, InsideCall]:
+        return {call.name: call for call in self.calls}
 
 
 class ModuleInfo(_Frozen):
@@ -135,6 +185,7 @@ class ModelCard(_Frozen):
         modules: the tree in depth-first order, root first.
         prefill: the calls of one forward pass, in order of ``enter``.
         decode: the calls of one decode step with a cache; empty where the model does not generate.
+        bodies: what modules call inside, each once; see :class:`Call`.
         has_tokenizer: text can be tokenized.
         config: the model's config as JSON.
         versions: versions of torch, transformers, accelerate, pellucid.
@@ -155,6 +206,7 @@ class ModelCard(_Frozen):
     modules: tuple[ModuleInfo, ...]
     prefill: tuple[Call, ...]
     decode: tuple[Call, ...] = ()
+    bodies: tuple[Body, ...] = ()
     has_tokenizer: bool = False
     config: dict[str, Any] = {}
     versions: dict[str, str] = {}
@@ -182,6 +234,13 @@ class ModelCard(_Frozen):
     def decode_index(self) -> dict[tuple[str, int], Call]:
         """The same of a decode step."""
         return {(c.module, c.call): c for c in self.decode}
+
+    @cached_property
+    def insides(self) -> Insides:
+        """The calls inside modules."""
+        from .inside import Insides
+
+        return Insides(self)
 
     def call_at(self, site: Site) -> Call | None:
         """The call a site belongs to, in the phase of its step; None where there is none."""

@@ -6,11 +6,11 @@ The client asks before it sends, the gateway before it queues, the engine before
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .apply import infer_apply
-from .card import ModelCard, OpaqueLeaf, PlainLeaf, TensorLeaf, leaf_at, leaves
+from .card import ModelCard, OpaqueLeaf, PlainLeaf, TensorLeaf, leaves
 from .errors import (
     GraphError,
     InputError,
@@ -26,7 +26,7 @@ from .ops import Cost, lookup
 from .regions import Trace
 from .specs import DTYPES, Dim, Spec, TensorSpec, is_floating, same_size
 from .storage import Timeline, timeline
-from .values import RESULT, ModuleRef, Ref, Site, TensorRef, Value, substitute
+from .values import INSIDE, RESULT, ModuleRef, Ref, Site, TensorRef, Value, substitute
 
 Size = tuple[int, int]
 
@@ -176,10 +176,12 @@ def site_spec(site: Site, card: ModelCard, scene: Scene) -> TensorSpec:
             what = "step of generation after the first" if site.step else "forward pass"
             raise SiteError(f"{name} is never called in a {what} of {card.id}, so it has no {site.kind}")
         raise SiteError(f"{name} is called {count} times in a pass; call {site.call} was asked (from 0)")
-    structure = call.structure(site.kind)
-    found = leaf_at(structure, site.path)
+    card.insides.require(call, site)
+    structure = card.insides.part(call, replace(site, path=site.path[:1] if site.kind in INSIDE else ()))
+    found = card.insides.part(call, site)
+    assert structure is not None
     if isinstance(found, TensorLeaf):
-        spec = found.spec(*scene.sizes[site.invoke])
+        spec = found.spec(*scene.sizes[site.invoke], site.step)
         if spec is None:
             raise SiteError(f"{site} has a shape that follows neither batch nor tokens; it cannot be used")
         return spec

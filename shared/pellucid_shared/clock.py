@@ -22,7 +22,7 @@ class Place:
         trace: number of the trace.
         turn: the invoke whose pass it is, where invokes take turns; 0 where they share.
         step: which pass of the trace.
-        within: position in that pass as the card counts; -1: behind all passes of the trace.
+        within: position in that pass on the fine clock of ``inside.py``; -1: behind all passes of the trace.
     """
 
     trace: int
@@ -40,7 +40,8 @@ class Clock:
 
     def __init__(self, card: ModelCard, traces: Sequence[Trace], packed: Sequence[bool]) -> None:
         self._card, self._traces, self._packed = card, traces, packed
-        self._length = 1 + max((c.exit for c in (*card.prefill, *card.decode)), default=0)
+        last = max((c.exit for c in (*card.prefill, *card.decode)), default=0)
+        self._length = (1 + last) * card.insides.scale
         self._starts = [0]
         for trace, shared in zip(traces, packed, strict=True):
             turns = 1 if shared else len(trace.invokes)
@@ -50,13 +51,9 @@ class Clock:
         """The position of a site's event; the site is known to exist."""
         if site.kind == RESULT:
             return self._starts[trace + 1] - 1
-        call = self._card.call_at(site)
-        assert call is not None
         turn = 0 if self._packed[trace] else site.invoke
         passes = turn * self._traces[trace].steps + site.step
-        return (
-            self._starts[trace] + passes * self._length + (call.exit if site.kind == "output" else call.enter)
-        )
+        return self._starts[trace] + passes * self._length + self._card.insides.when(site)
 
     def place(self, position: int) -> Place:
         """The inverse of :meth:`at`."""

@@ -10,7 +10,7 @@ from .errors import EmptyPromptError, GraphError, LimitError, PellucidError, Sit
 from .graph import APPEND, APPLY, CORE_OPS, GET, LIST, SAVE, SET, Each, Graph, Invoke, Node, Trace
 from .ops import lookup
 from .regions import Region
-from .values import KINDS, RESULT, ModuleRef, Ref, Site, TensorRef, contains
+from .values import INSIDE, KINDS, RESULT, ModuleRef, Ref, Site, TensorRef, contains
 
 MAX_NODES = 100_000
 MAX_INVOKES = 1024
@@ -32,7 +32,8 @@ def lint(graph: Graph) -> None:
     4. Each ref points to an earlier node, and to one that yields a value. What a body for several steps
        makes is used in that body alone; it leaves by save, by list.append, or by edits in place.
     5. A site is the first argument of site.get and site.set and stands nowhere else; it names an invoke that
-       exists, a known kind, and a step of its trace. A result is the root's, and read alone.
+       exists, a known kind, and a step of its trace. A result is the root's, and read alone. The path of a
+       call inside a module begins with its name.
     6. A module is the first argument of module.apply and stands nowhere else.
     7. Save names are strings, not empty, at most 200 characters, and unique.
     8. A list stands only in list.append and in save.
@@ -165,6 +166,8 @@ def _lint_site(graph: Graph, node: Node) -> None:
     count = len(trace.invokes)
     if site.kind not in KINDS:
         _bad(f"a site's kind is one of {', '.join(KINDS)}, found {site.kind!r}")
+    if site.kind in INSIDE and not (site.path and isinstance(site.path[0], str)):
+        _bad(f"the path of a {site.kind} begins with the name of the call, found {list(site.path)!r:.60}")
     if site.invoke >= count:
         raise SiteError(f"{site} is in invoke {site.invoke}, and the trace has {count}")
     if site.kind == RESULT and (site != Site("", RESULT, invoke=site.invoke) or node.op == SET):

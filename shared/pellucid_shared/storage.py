@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .apply import returns_its_input
-from .card import ModelCard, TensorLeaf, leaf_at
+from .card import ModelCard, TensorLeaf
 from .clock import Clock
 from .errors import OrderError
 from .flat import Flat
@@ -63,6 +63,8 @@ def _by_rows(leaves: Sequence[TensorLeaf | None]) -> bool:
 
 
 def _packable(card: ModelCard, site: Site) -> bool:
+    if not card.insides.packs(site):
+        return False
     prefill = site_leaf(card, replace(site, step=0))
     if prefill is None or not prefill.packable():
         return False
@@ -75,7 +77,7 @@ def _packable(card: ModelCard, site: Site) -> bool:
 def site_leaf(card: ModelCard, site: Site) -> TensorLeaf | None:
     """The card's leaf for a site, or None where there is none or it is no tensor."""
     call = card.call_at(site)
-    leaf = call and leaf_at(call.structure(site.kind), site.path)
+    leaf = call and card.insides.part(call, site)
     return leaf if isinstance(leaf, TensorLeaf) else None
 
 

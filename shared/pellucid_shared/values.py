@@ -19,9 +19,11 @@ from .errors import GraphError
 from .specs import DTYPES
 
 INT_LIMIT = 2**63
-#: What a site may be: of a module, or the ids a generation ends with.
+#: What a site may be: of a module, of a call inside it, or the ids a generation ends with.
 RESULT = "result"
-KINDS = ("output", "input", RESULT)
+#: The output, and the arguments, of a torch function that the module itself calls; see ``inside.py``.
+CALL, CALL_INPUT = INSIDE = ("call", "call_input")
+KINDS = ("output", "input", RESULT, *INSIDE)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _DEVICE = re.compile(r"(cpu|cuda|mps|meta)(:\d{1,3})?")
 
@@ -65,9 +67,11 @@ class Site:
 
     Attributes:
         module: module path as the card spells it; the root is "".
-        kind: "output", "input", or "result": the ids of a whole generation, the root's alone.
+        kind: "output", "input", or "result": the ids of a whole generation, the root's alone; "call" and
+            "call_input": the output and the arguments of a call that the module's own code makes.
         path: leaf path. Into the output structure (empty for a bare tensor), or for an input into
             ``(args, kwargs)``: ``(0, i)`` is positional argument i, ``(1, "name")`` a keyword argument.
+            For a call it begins with the call's name, ``("softmax_0",)``.
         invoke: index of the invoke in its region.
         step: step of generation; 0 is the prefill. In an iter region it counts from the body's own step.
         call: which call of the module within the step.
@@ -81,8 +85,11 @@ class Site:
     call: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.module or 'model'}.{self.kind}"
-        text += "".join(f"[{p!r}]" for p in self.path)
+        text, path = f"{self.module or 'model'}.{self.kind}", self.path
+        if self.kind in INSIDE and path:
+            of = "output" if self.kind == CALL else "inputs"
+            text, path = f"{self.module or 'model'}.source.{path[0]}.{of}", path[1:]
+        text += "".join(f"[{p!r}]" for p in path)
         marks = [
             f"{n} {v}" for n, v in (("invoke", self.invoke), ("step", self.step), ("call", self.call)) if v
         ]

@@ -186,12 +186,16 @@ class _Compiler:
                 own[-1] = replace(own[-1], events=(*others, replace(final, last=True)))
             ends = (trace, turn) == max(key for key in passes if key[0] == trace)
             behind = tuple(after.get(trace, ())) if ends else ()
-            groups.append(Group(trace, invokes, tuple(own), whole, behind))
+            groups.append(Group(trace, invokes, tuple(own), whole, behind, trace in self.eager))
         return tuple(groups)
 
     def _event(self, place: Place, instructions: list[Instruction]) -> Event:
-        phase = self.places[bool(place.step)]
-        return Event(*phase[place.within], False, tuple(instructions))
+        within, inside = divmod(place.within, self.card.insides.scale)
+        if inside:
+            found = self.card.insides.at(place.step, place.within)
+            own = tuple(instructions)
+            return Event(found.module, found.kind, found.call, False, own, found.name, found.names)
+        return Event(*self.places[bool(place.step)][within], False, tuple(instructions))
 
     def _results(self) -> dict[int, set[int]]:
         """Trace -> the invokes whose result is needed."""
@@ -201,6 +205,12 @@ class _Compiler:
             if node.op == GET and node.site.kind == RESULT:
                 found[node.region].add(node.site.invoke)
         return found
+
+    @cached_property
+    def eager(self) -> frozenset[int]:
+        """The traces that touch what is there only under eager attention."""
+        nodes = [self.flat.nodes[i] for i in self.needed if self.flat.nodes[i].op in (GET, SET)]
+        return frozenset(node.region for node in nodes if self.card.insides.is_eager(node.site))
 
     @cached_property
     def given(self) -> frozenset[Root]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ import torch
 from pellucid_shared.errors import ExecutionError, JobCancelledError, PellucidError, SiteError
 from pellucid_shared.graph import GET, SAVE, SET
 from pellucid_shared.regions import Generation
-from pellucid_shared.values import RESULT, ModuleRef, Site
+from pellucid_shared.values import INSIDE, RESULT, ModuleRef, Site
 
 from . import inputs, packed
 from .decode import Decoding
 from .inputs import Rows, Segment
+from .inside import Inside, eager_attention
 from .plan import Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots
 from .sites import PackedView, Privates, ResultView, View, WholeView
 
@@ -61,6 +63,7 @@ class Run:
         for name, slot in plan.literals.items():
             self._slots[slot] = literals[name]
         self._muted = False
+        self._inside: Inside | None = None  # in a pass that touches calls inside modules
         self._ended: dict[tuple[int, int], int] = {}  # (trace, invoke) whose generation ended -> steps it had
         self._results: dict[tuple[int, int], torch.Tensor] = {}
         self._saved: dict[str, Any] = {}
@@ -73,10 +76,11 @@ class Run:
         self._carry_out(self._plan.before, None)
         for group in self._plan.groups:
             trace = self._plan.flat.traces[group.trace]
-            if trace.generation is None:
-                self._run_pass(group)
-            else:
-                self._generate(group, trace.generation)
+            with eager_attention(self._model) if group.eager else contextlib.nullcontext():
+                if trace.generation is None:
+                    self._run_pass(group)
+                else:
+                    self._generate(group, trace.generation)
             self._carry_out(group.after, ResultView(group.trace, self._results))
         listed = {name: [own[k] for k in sorted(own)] for name, own in self._entries.items()}
         return {**self._saved, **listed}
@@ -141,7 +145,8 @@ class Run:
         handles = self._hook(each.events, view, done)
         output = None
         try:
-            output = self._call(arguments)
+            with self._watched(each.events, view, done):
+                output = self._call(arguments)
         except _StopPassError:
             pass
         except PellucidError:
@@ -157,6 +162,22 @@ class Run:
     def _call(self, arguments: Any) -> Any:
         return self._model(**arguments)
 
+    @contextlib.contextmanager
+    def _watched(
+        self, events: Sequence[Event], view: Callable[[Any], View], done: set[int]
+    ) -> Iterator[None]:
+        """Within this context the events of calls inside modules are carried out."""
+        if not any(event.kind in INSIDE for event in events):
+            yield
+            return
+        origin, muted = self._plan.flat.origin, lambda: self._muted
+        self._inside = Inside(events, lambda event, value: self._at(event, view(value), done), origin, muted)
+        try:
+            with self._inside.watching(self._model, self._inside.paths):
+                yield
+        finally:
+            self._inside = None
+
     def _require_wanted(self) -> None:
         if self._cancelled is not None and self._cancelled.is_set():
             raise JobCancelledError("the job was cancelled while it ran")
@@ -164,7 +185,8 @@ class Run:
     def _hook(self, events: Sequence[Event], view: Callable[[Any], View], done: set[int]) -> list[Any]:
         by_module: dict[str, dict[tuple[str, int], Event]] = {}
         for event in events:
-            by_module.setdefault(event.module, {})[event.kind, event.call] = event
+            if event.kind not in INSIDE:
+                by_module.setdefault(event.module, {})[event.kind, event.call] = event
         handles = []
         for path, own in by_module.items():
             module, calls = self._model.get_submodule(path), Counter[str]()
@@ -199,6 +221,13 @@ class Run:
         return handles
 
     def _at(self, event: Event, view: View, done: set[int]) -> Any:
+        """Carry out an event; the new value where it was replaced."""
+        if self._inside is None:
+            return self._carry_out_at(event, view, done)
+        with self._inside.aside():
+            return self._carry_out_at(event, view, done)
+
+    def _carry_out_at(self, event: Event, view: View, done: set[int]) -> Any:
         self._require_wanted()
         before = view.value
         self._carry_out(event.instructions, view)
@@ -211,7 +240,8 @@ class Run:
     def _require_all(self, events: Sequence[Event], done: set[int]) -> None:
         for event in events:
             if id(event) not in done:
-                site = Site(event.module, event.kind, call=event.call)
+                path = (event.name,) if event.name else ()
+                site = Site(event.module, event.kind, path, call=event.call)
                 raise SiteError(
                     f"{site} was not reached: {event.module or 'the model'} was not called so often",
                     node=self._plan.flat.origin[event.instructions[0].node],

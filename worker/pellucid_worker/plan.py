@@ -82,13 +82,16 @@ Instruction = Call | Get | Set | Save
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The instructions of one site event: a module's input (``enter``) or output in one of its calls."""
+    """The instructions of one site event: a module's input (``enter``) or output in one of its calls; or of
+    the call ``name`` inside it, which is one of ``names``."""
 
     module: str
     kind: str
     call: int
     last: bool  # nothing of the pass is needed after it
     instructions: tuple[Instruction, ...]
+    name: str = ""
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ class Group:
         passes: those that carry out instructions, in order of their steps.
         whole: what the generation ends with is wanted: it goes on after the last of ``passes``.
         after: instructions that come behind all passes.
+        eager: attention is written out, so that its calls can be seen.
     """
 
     trace: int
@@ -116,6 +120,7 @@ class Group:
     passes: tuple[Pass, ...]
     whole: bool
     after: tuple[Instruction, ...]
+    eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ one number.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -32,6 +33,7 @@ from pellucid_shared.wire import TokenizedInvoke
 from . import packed
 from .inputs import alone, rows
 from .inputs import packed as packed_inputs
+from .inside_probe import Bodies, Run, record_inside
 from .tensors import dtype_name
 
 _SIZES = ((3, 7), (5, 11))
@@ -54,9 +56,16 @@ def probe(
     """
     config: Any = model.config
     with torch.no_grad():
-        prefill = _calls(model, decode=False)
-        decode = _calls(model, decode=True)
+        passes = [alone(model, _random_rows(model, *size)) for size in _SIZES]
+        steps = [found for size in _SIZES if (found := _decode_step(model, size)) is not None]
+        prefill, decode = _calls(model, passes), _calls(model, steps)
         packs = _certify_packing(model) if weights else None
+        bodies = Bodies(model)
+        if not weights:  # what a module calls may depend on numbers: it is listed once there are some
+            passes, steps = [], []
+        packed_run = _packed_run(model, prefill) if packs else None
+        prefill = bodies.add(prefill, passes, lambda a, b: _names(a, b, 0), packed_run) if passes else prefill
+        decode = bodies.add(decode, steps, lambda a, b: _names(a, b, 2), packed_run) if steps else decode
     text_config = config.get_text_config()
     return ModelCard(
         id=id,
@@ -73,6 +82,7 @@ def probe(
         modules=tuple(modules_of(model)),
         prefill=prefill,
         decode=decode,
+        bodies=tuple(bodies.all),
         has_tokenizer=has_tokenizer,
         config=_config(config),
         versions=versions(),
@@ -149,22 +159,11 @@ def record(
     return seen, output
 
 
-def _calls(model: torch.nn.Module, *, decode: bool) -> tuple[Call, ...]:
-    """The calls of a forward pass, or of a decode step with a cache (empty where the model has none)."""
-    runs = []
-    for batch, tokens in _SIZES:
-        if not decode:
-            runs.append(record(model, alone(model, _random_rows(model, batch, tokens)))[0])
-            continue
-        own = _random_rows(model, batch, tokens)
-        first = model(**{**alone(model, own), "use_cache": True})
-        cache = getattr(first, "past_key_values", None)
-        if cache is None:
-            return ()
-        step = {"input_ids": own.ids[:, :1], "past_key_values": cache, "use_cache": True}
-        second = model(**step)
-        runs.append(record(model, {**step, "past_key_values": second.past_key_values})[0])
-    small, large = runs
+def _calls(model: torch.nn.Module, arguments: Sequence[Mapping[str, Any]]) -> tuple[Call, ...]:
+    """The calls of a pass, from its arguments at both sizes (empty where there are none)."""
+    if not arguments:
+        return ()
+    small, large = (record(model, copy.deepcopy(dict(given)))[0] for given in arguments)
     others = {(c.module, c.call): c for c in large}
     objects: dict[int, int] = {}
     return tuple(
@@ -180,6 +179,25 @@ def _calls(model: torch.nn.Module, *, decode: bool) -> tuple[Call, ...]:
         for c in small
         if (other := others.get((c.module, c.call))) is not None
     )
+
+
+def _decode_step(model: torch.nn.Module, size: tuple[int, int]) -> dict[str, Any] | None:
+    """The arguments of the second decode step behind a prefill; None where the model has no cache."""
+    own = _random_rows(model, *size)
+    first = model(**{**alone(model, own), "use_cache": True})
+    cache = getattr(first, "past_key_values", None)
+    if cache is None:
+        return None
+    step = {"input_ids": own.ids[:, :1], "past_key_values": cache, "use_cache": True}
+    second = model(**step)
+    return {**step, "past_key_values": second.past_key_values}
+
+
+def _packed_run(model: torch.nn.Module, calls: tuple[Call, ...]) -> Run:
+    """What modules call inside in a pass that prompts share."""
+    arguments, segments = packed_inputs(model, [_random_rows(model, 1, tokens) for tokens in _RAGGED])
+    with packed.attention_by_segment(model, segments):
+        return record_inside(model, arguments, calls)
 
 
 def _structure(small: Any, large: Any, objects: dict[int, int]) -> Structure:
@@ -199,15 +217,22 @@ def _structure(small: Any, large: Any, objects: dict[int, int]) -> Structure:
 
 
 def _axes(small: torch.Tensor, large: Any) -> tuple[Any, ...] | None:
-    if not isinstance(large, torch.Tensor) or small.ndim != large.ndim:
+    return _names(tuple(small.shape), tuple(large.shape), 0) if isinstance(large, torch.Tensor) else None
+
+
+def _names(small: tuple[int, ...], large: tuple[int, ...], steps: int) -> tuple[Any, ...] | None:
+    """The axes of shapes seen so many steps of generation after the prefill."""
+    if len(small) != len(large):
         return None
     names = {
         (_SIZES[0][0], _SIZES[1][0]): "batch",
         (_SIZES[0][1], _SIZES[1][1]): "tokens",
         (_SIZES[0][0] * _SIZES[0][1], _SIZES[1][0] * _SIZES[1][1]): "rows",
     }
+    if steps:
+        names[_SIZES[0][1] + steps, _SIZES[1][1] + steps] = "cache"
     axes: list[Any] = []
-    for a, b in zip(small.shape, large.shape, strict=True):
+    for a, b in zip(small, large, strict=True):
         if a == b:
             axes.append(a)
         elif (a, b) in names:
