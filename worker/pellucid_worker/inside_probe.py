@@ -39,10 +39,14 @@ _Key = tuple[str, int]  # a module's path, and which of its calls
 
 @dataclass(eq=False)
 class _Object:
-    """A tensor of a run. ``number`` is the one the card knows it by, ``lent`` that of a view of it where it has
-    none; ``base``: it is a view of that;
-    ``named``: a module or call takes or returns it; ``seen_through``: so is a view of it; ``overwritten``:
-    the model itself edits it in place."""
+    """A tensor of a run.
+
+    Attributes:
+        number: the one that the card knows it by; ``lent``: that of a view of it, where it has none.
+        base: it is a view of that.
+        named: a module or call takes or returns it; ``seen_through``: so is a view of it.
+        overwritten: the model itself edits it in place.
+    """
 
     number: int | None = None
     lent: int | None = None
