@@ -39,11 +39,17 @@ _Key = tuple[str, int]  # a module's path, and which of its calls
 
 @dataclass(eq=False)
 class _Object:
-    """A tensor of a run. ``number`` is the one modules' cards know it by; ``base``: it is a view of that;
-    ``named``: a module or call takes or returns it; ``seen_through``: so is a view of it; ``overwritten``:
-    the model itself edits it in place."""
+    """A tensor of a run.
+
+    Attributes:
+        number: the one that the card knows it by; ``lent``: that of a view of it, where it has none.
+        base: it is a view of that.
+        named: a module or call takes or returns it; ``seen_through``: so is a view of it.
+        overwritten: the model itself edits it in place.
+    """
 
     number: int | None = None
+    lent: int | None = None
     base: _Object | None = None
     named: bool = False
     seen_through: bool = False
@@ -120,6 +126,8 @@ class Recording(Watch):
             if isinstance(leaf, TensorLeaf) and isinstance(found, torch.Tensor):
                 seen = self.run.objects[self._object(found)]
                 seen.number = leaf.object if seen.number is None else seen.number
+                if seen.base is not None and seen.base.lent is None:
+                    seen.base.lent = seen.number
 
     def _structure(self, value: Any) -> Structure:
         if isinstance(value, torch.Tensor):
@@ -206,7 +214,8 @@ class Bodies:
             shape = _Merge(small, axes, local)
             inside = tuple(map(shape.call, small.calls[key], large.calls[key]))
             body = Body(calls=inside, eager=eager, packs=packs)
-            shared = {i: found.number for found, i in local.items() if found.number is not None}
+            known = {i: o.lent if o.number is None else o.number for o, i in local.items()}
+            shared = {i: number for i, number in known.items() if number is not None}
             result.append(call.model_copy(update={"body": self._index(body), "shared": shared}))
         return tuple(result)
 
