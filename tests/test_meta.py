@@ -49,7 +49,10 @@ def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def known_without_weights(card: ModelCard) -> dict[str, Any]:
     """What a card says that does not take numbers to know."""
-    return card.model_dump(exclude={"packs", "fingerprint"})
+    inside = {"__all__": {"body", "shared"}}
+    return card.model_dump(
+        exclude={"packs": True, "fingerprint": True, "bodies": True, "prefill": inside, "decode": inside}
+    )
 
 
 # --- the same card -----------------------------------------------------------------------------------------

@@ -376,6 +376,12 @@ class LanguageModel(Module):
             self._aliases = names
         return self._aliases
 
+    def _load(self) -> None:
+        """Load a model in this process, whose card then knows what only a run shows."""
+        target = self._target(None)
+        if isinstance(target, LocalModel):
+            _ = target.engine
+
     def _handle(self) -> Self:
         """A second handle on this model, with edits of its own from here on."""
         handle = object.__new__(type(self))

@@ -28,6 +28,8 @@ class Source:
 
     def __init__(self, module: Module) -> None:
         self._module = module
+        if not module._card().bodies:  # a model in this process that is not loaded yet
+            module._model._load()
 
     def __getattr__(self, name: str) -> SourceCall:
         if name.startswith("_"):

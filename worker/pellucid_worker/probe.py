@@ -58,7 +58,7 @@ def probe(
     with torch.no_grad():
         passes = [alone(model, _random_rows(model, *size)) for size in _SIZES]
         steps = [found for size in _SIZES if (found := _decode_step(model, size)) is not None]
-        prefill, decode = _calls(model, passes), _calls(model, steps)
+        prefill, decode = _calls(model, passes, again=weights), _calls(model, steps, again=weights)
         packs = _certify_packing(model) if weights else None
         bodies = Bodies(model)
         if not weights:  # what a module calls may depend on numbers: it is listed once there are some
@@ -159,11 +159,15 @@ def record(
     return seen, output
 
 
-def _calls(model: torch.nn.Module, arguments: Sequence[Mapping[str, Any]]) -> tuple[Call, ...]:
-    """The calls of a pass, from its arguments at both sizes (empty where there are none)."""
+def _calls(
+    model: torch.nn.Module, arguments: Sequence[Mapping[str, Any]], *, again: bool
+) -> tuple[Call, ...]:
+    """The calls of a pass, from its arguments at both sizes (empty where there are none); ``again``: they are
+    to be used once more, so a cache among them is left as it is."""
     if not arguments:
         return ()
-    small, large = (record(model, copy.deepcopy(dict(given)))[0] for given in arguments)
+    given = [copy.deepcopy(dict(a)) for a in arguments] if again else arguments
+    small, large = (record(model, each)[0] for each in given)
     others = {(c.module, c.call): c for c in large}
     objects: dict[int, int] = {}
     return tuple(
