@@ -36,7 +36,6 @@ MODEL = {
 }
 MODULE = {
     "source": "values inside a module; .input and .output of modules can be read and written",
-    "skip": "leaving a module out; assign to its .output",
     "backward_output": _NO_GRADIENTS,
     "backward_input": _NO_GRADIENTS,
 }
@@ -48,15 +47,11 @@ VALUE = {
     "register_hook": _NO_GRADIENTS,
     "token": "the token axis counted from the prompt; index that axis itself: x[:, i]",
     "t[...]": "the token axis counted from the prompt; index that axis itself: x[:, i]",
-    "original": "the value before every edit; take .clone() of it before the edit",
 }
 TRACER = {
-    "stop": "ending the pass early by hand; it ends by itself after the last value that is needed",
     "output": "the output kept without save; write model.output.save()",
     "cache": "every module's output at once; save those that are wanted",
     "save_all": "every module's output at once; save those that are wanted",
-    "log": "values shown while the model runs; save them and print them after the block",
-    "print": "values shown while the model runs; save them and print them after the block",
     "apply": "functions over values; call the function itself, it is recorded as it runs",
     "barrier": "it is not needed: values cross from one invoke to the next by their names",
     "cond": _NO_FLOW,
@@ -68,7 +63,6 @@ TRACER = {
 SESSION = {
     "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "parameter": _NO_GRADIENTS,
-    "log": TRACER["log"],
 }
 JOB = dict.fromkeys(
     ("status", "wait", "result", "events"), "following a job by hand; job.record() shows how it stands"

@@ -60,7 +60,7 @@ class Run:
         recorder = self.recorder
         try:
             graph, flat, timeline = recorder.finish()
-            if recorder.saved:
+            if recorder.tells:
                 warn_of_edits_that_show(recorder, flat, timeline)
                 results = recorder.target.run(
                     graph,

@@ -20,13 +20,13 @@ from pellucid_shared.errors import (
     SiteError,
     ValueNotReadyError,
 )
-from pellucid_shared.graph import GET, SET
+from pellucid_shared.graph import GET, ORIGINAL, SET
 from pellucid_shared.values import RESULT, Site
 
 from ._call import graph_value, value_of
 from ._lines import users_line
 from ._recorder import Recorder
-from ._structure import Unread
+from ._structure import DictValue, ListValue, TupleValue, Unread
 from ._value import Value
 
 
@@ -74,6 +74,8 @@ class SiteStructure(Unread):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name == "original" and name not in self._structure.items:
+            return originals(self._recorder, self._site, self._structure)
         return self._member(self._key(name))
 
     def __iter__(self) -> Iterator[Any]:
@@ -161,13 +163,13 @@ class SiteStructure(Unread):
         return self._members[key]
 
 
-def read(recorder: Recorder, module: str, kind: str) -> Any:
+def read(recorder: Recorder, module: str, kind: str, call: int = 0) -> Any:
     """The value at a module's output, or at ``("input")`` all its arguments as ``(args, kwargs)``.
 
     Raises:
-        SiteError: the module is never called.
+        SiteError: the module is never called, or not so often.
     """
-    site = _site(recorder, module, kind)
+    site = _site(recorder, module, kind, call)
     return _read(recorder, site, _structure(recorder, site))
 
 
@@ -177,21 +179,34 @@ def read_result(recorder: Recorder) -> Any:
     return value_of(recorder, recorder.add(GET, (site,)))
 
 
-def read_input(recorder: Recorder, module: str) -> Any:
+def read_input(recorder: Recorder, module: str, call: int = 0) -> Any:
     """The first positional argument, or the first keyword argument where none is positional."""
-    site, structure = _first_input(recorder, module)
+    site, structure = _first_input(recorder, module, call)
     return _read(recorder, site, structure)
 
 
-def replace(recorder: Recorder, module: str, kind: str, value: Any) -> None:
+def replace(recorder: Recorder, module: str, kind: str, value: Any, call: int = 0) -> None:
     """Assign to a module's output, or to all its arguments."""
-    site = _site(recorder, module, kind)
+    site = _site(recorder, module, kind, call)
     write(recorder, site, _structure(recorder, site), value)
 
 
-def replace_input(recorder: Recorder, module: str, value: Any) -> None:
+def replace_input(recorder: Recorder, module: str, value: Any, call: int = 0) -> None:
     """Assign to the argument :func:`read_input` reads."""
-    write(recorder, *_first_input(recorder, module), value)
+    write(recorder, *_first_input(recorder, module, call), value)
+
+
+def originals(recorder: Recorder, site: Site, structure: Structure) -> Any:
+    """What was at a site before this graph's edits there: a value, or a structure of them; what is no tensor
+    is None."""
+    if isinstance(structure, Fields):
+        return DictValue((k, originals(recorder, _inside(site, k), v)) for k, v in structure.items.items())
+    if isinstance(structure, Items):
+        parts = [originals(recorder, _inside(site, i), v) for i, v in enumerate(structure.items)]
+        return TupleValue(parts) if structure.leaf == "tuple" else ListValue(parts)
+    if isinstance(structure, TensorLeaf) and structure.shape is not None:
+        return value_of(recorder, recorder.add(ORIGINAL, (site,)))
+    return None
 
 
 def write(recorder: Recorder, site: Site, structure: Structure, value: Any) -> None:
@@ -278,13 +293,13 @@ def _pairs(site: Site, structure: Items | Fields, value: Any) -> Iterator[tuple[
         yield key, part, given[key]
 
 
-def _site(recorder: Recorder, module: str, kind: str) -> Site:
+def _site(recorder: Recorder, module: str, kind: str, call: int) -> Site:
     """The whole of a module's output or arguments, in the invoke and step that are being written."""
-    return Site(module, kind, (), recorder.current_invoke(), recorder.step_of(module))
+    return Site(module, kind, (), recorder.current_invoke(), recorder.step_of(module), call)
 
 
 def _whole_site(recorder: Recorder, site: Site) -> tuple[Any, ...]:
-    return recorder.region, site.module, site.kind, site.invoke, site.step
+    return recorder.region, site.module, site.kind, site.invoke, site.step, site.call
 
 
 def _structure(recorder: Recorder, site: Site) -> Structure:
@@ -301,8 +316,8 @@ def _structure(recorder: Recorder, site: Site) -> Structure:
     return call.structure(site.kind)
 
 
-def _first_input(recorder: Recorder, module: str) -> tuple[Site, Structure]:
-    site = _site(recorder, module, "input")
+def _first_input(recorder: Recorder, module: str, call: int) -> tuple[Site, Structure]:
+    site = _site(recorder, module, "input", call)
     structure = _structure(recorder, site)
     assert isinstance(structure, Items)
     args, kwargs = structure.items

@@ -12,6 +12,7 @@ from pellucid_shared.graph import Generation, Graph
 from ._inputs import Prompt, prompt
 from ._later import SESSION, TRACER, refuse
 from ._lines import at_users_line, users_line
+from ._passing import log, stop
 from ._recorder import Recorder
 from ._run import Run
 from ._sites import read_result
@@ -63,9 +64,15 @@ class Session:
         """The same as ``model.generate``, in this session."""
         return self._model.generate(*inputs, **options)
 
+    def log(self, *parts: Any, sep: str = " ") -> None:
+        """The same as ``tracer.log``; between two traces, told when the first of them is over."""
+        log(self.run.recorder, parts, sep)
+
+    print = log
+
     def __getattr__(self, name: str) -> NoReturn:
         refuse(SESSION, name, f"session.{name}")
-        raise AttributeError(f"a session has no {name!r}; it has trace(), generate(), graph and job")
+        raise AttributeError(f"a session has no {name!r}; it has trace(), generate(), log(), graph and job")
 
     def __enter__(self) -> Session:
         self.run.enter()
@@ -141,6 +148,31 @@ class Tracer:
         """A list that bodies for several steps append to; save it to have it back."""
         return GrowingList(self._recorder)
 
+    def log(self, *parts: Any, sep: str = " ") -> None:
+        """Print values when the run comes by: shape, dtype, statistics and the first elements of tensors;
+        strings and numbers as they are. In a body for steps it is one line a step. A server sends them as
+        ``log`` events, at most 10,000 a job.
+
+        Args:
+            parts: values, numbers, strings, and lists, tuples and dicts of them; anything else as ``str()``
+                shows it. A string has at most 1000 characters.
+
+        Raises:
+            GraphError: nothing, or more than 64 parts.
+        """
+        log(self._recorder, parts, sep)
+
+    print = log
+
+    def stop(self) -> None:
+        """End the pass here, for the input whose body this is: what follows may use what was read so far, and
+        touch nothing that the model reaches later. A generation takes no further step.
+
+        Raises:
+            RecordingError: outside the body of an input.
+        """
+        stop(self._recorder)
+
     def invoke(self, *inputs: Any) -> Invocation:
         """``with tracer.invoke(prompt):`` one input of the pass; the body sees only its rows and tokens.
 
@@ -164,7 +196,7 @@ class Tracer:
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"tracer.{name}")
         raise AttributeError(
-            f"a tracer has no {name!r}; it has invoke(), iter, next(), result, graph and job"
+            f"a tracer has no {name!r}; it has invoke(), iter, next(), result, log(), stop(), graph and job"
         )
 
     def __enter__(self) -> Tracer:

@@ -17,8 +17,9 @@ from pellucid_shared.errors import (
 from pellucid_shared.graph import APPLY
 from pellucid_shared.values import ModuleRef
 
-from . import _sites
+from . import _passing, _sites
 from ._call import graph_value, value_of
+from ._calls import Calls
 from ._later import MODEL, MODULE, refuse
 from ._lines import users_line
 from ._recorder import Recorder, active
@@ -39,9 +40,11 @@ class Module:
 
     path: str
     _model: LanguageModel
+    _call: int
 
-    def __init__(self, model: LanguageModel, path: str) -> None:
-        self.__dict__["_model"], self.__dict__["path"] = model, path
+    def __init__(self, model: LanguageModel, path: str, call: int = 0) -> None:
+        own = self.__dict__
+        own["_model"], own["path"], own["_call"] = model, path, call
 
     # --- sites ---------------------------------------------------------------------------------------------
 
@@ -53,29 +56,48 @@ class Module:
             SiteError: the module is never called in a forward pass.
             RecordingError: outside a trace.
         """
-        return _sites.read(self._recorder(), self.path, "output")
+        return _sites.read(self._recorder(), self.path, "output", self._call)
 
     @output.setter
     def output(self, value: Any) -> None:
-        _sites.replace(self._recorder(), self.path, "output", value)
+        _sites.replace(self._recorder(), self.path, "output", value, self._call)
 
     @property
     def input(self) -> Any:
         """The first positional argument, or the first keyword argument. Assign to replace it."""
-        return _sites.read_input(self._recorder(), self.path)
+        return _sites.read_input(self._recorder(), self.path, self._call)
 
     @input.setter
     def input(self, value: Any) -> None:
-        _sites.replace_input(self._recorder(), self.path, value)
+        _sites.replace_input(self._recorder(), self.path, value, self._call)
 
     @property
     def inputs(self) -> Any:
         """All arguments, ``(args, kwargs)``. Assign to replace them."""
-        return _sites.read(self._recorder(), self.path, "input")
+        return _sites.read(self._recorder(), self.path, "input", self._call)
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        _sites.replace(self._recorder(), self.path, "input", value)
+        _sites.replace(self._recorder(), self.path, "input", value, self._call)
+
+    @property
+    def calls(self) -> Calls:
+        """Its calls within one pass: ``module.calls[1].output`` where the model calls it more than once;
+        ``module.output`` is that of call 0."""
+        return Calls(self.path, self._card(), lambda call: Module(self._model, self.path, call))
+
+    def skip(self, value: Any) -> None:
+        """Do not run the module; a copy of ``value`` is its output. Where it keeps keys and values of a
+        generation, those are made all the same.
+
+        Args:
+            value: a tensor (``module.input``), a number that fills, or a structure as the output's.
+
+        Raises:
+            SiteError: the module is never called, or returns what no value can stand for.
+            ShapeError: the value does not have the output's form, shape or kind of dtype.
+        """
+        _passing.skip(self._recorder(), self.path, self._call, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the module to a value, at any point and out of order: ``model.lm_head(model.model.norm(h))``.
@@ -130,6 +152,23 @@ class Module:
         for _, module in self.named_modules():
             yield module
 
+    def parameters(self) -> Iterator[Any]:
+        """The parameters of this module and all below it, as values."""
+        for _, value in self.named_parameters():
+            yield value
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """(path from here, value) of every parameter of this module and all below it, as torch names them;
+        one that several modules share comes once for each.
+
+        Raises:
+            RecordingError: outside a trace.
+        """
+        for path, module in self.named_modules():
+            inside = path.removeprefix(self.path).removeprefix(".")
+            for name in module._info().parameters:
+                yield _join(inside, name), _passing.parameter(self._recorder(), path, name)
+
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """(path, module) of this module and all below it, depth first."""
         inside = f"{self.path}." if self.path else ""
@@ -144,6 +183,8 @@ class Module:
         for base in (self.path, *self._fallbacks(card)):
             if name in card.children[base]:
                 return Module(self._model, _join(base, name))
+        if name in {**self._info().parameters, **self._info().buffers}:
+            return _passing.parameter(self._recorder(), self.path, name)
         self._refuse_what_is_to_come(name)
         raise self._unknown(card, name)
 
@@ -151,10 +192,6 @@ class Module:
         spelling = f"{self.path or 'model'}.{name}"
         refuse({} if self.path else MODEL, name, spelling)
         refuse(MODULE, name, spelling)
-        if name in self._info().parameters:
-            leaf = self._info().parameters[name]
-            parameter = f"reading a parameter ({leaf}); this version reads what modules take and return"
-            refuse({name: parameter}, name, spelling)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("output", "input", "inputs") or name.startswith("_"):
@@ -208,13 +245,16 @@ class Module:
         names = [
             n for base in (self.path, *self._fallbacks(self._card())) for n in self._card().children[base]
         ]
-        return sorted({*super().__dir__(), *(n for n in names if n.isidentifier())})
+        own = (*self._info().parameters, *self._info().buffers)
+        return sorted({*super().__dir__(), *own, *(n for n in names if n.isidentifier())})
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Module) and other._model is self._model and other.path == self.path
+        return isinstance(other, Module) and (
+            (other._model, other.path, other._call) == (self._model, self.path, self._call)
+        )
 
     def __hash__(self) -> int:
-        return hash((id(self._model), self.path))
+        return hash((id(self._model), self.path, self._call))
 
     def __repr__(self) -> str:
         return show_tree(self._card(), self.path)
@@ -239,9 +279,11 @@ class Module:
     def _unknown(self, card: ModelCard, name: str) -> UnknownModuleError:
         full = _join(self.path, name)
         names = [_join(b, n) for b in (self.path, *self._fallbacks(card)) for n in card.children[b]]
+        names += [_join(self.path, n) for n in (*self._info().parameters, *self._info().buffers)]
         near = did_you_mean(full, names) or did_you_mean(full, card.module_index)
         return UnknownModuleError(
-            f"{card.id} has no module {full!r}.{near or f' Here are: {_listed(names)}.'}", where=users_line()
+            f"{card.id} has no module or parameter {full!r}.{near or f' Here are: {_listed(names)}.'}",
+            where=users_line(),
         )
 
 
