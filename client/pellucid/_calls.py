@@ -28,9 +28,9 @@ class Calls:
     def __getitem__(self, index: int) -> Module:
         count = len(self)
         if not -count <= index < count:
-            times = "once" if count == 1 else f"{count} times" if count else "never"
+            often = "called once" if count == 1 else f"called {count} times" if count else "never called"
             raise IndexOutOfRangeError(
-                f"{self._path or 'the model'} is called {times} in a pass; call {index} was asked (from 0)",
+                f"{self._path or 'the model'} is {often} in a pass; call {index} was asked (from 0)",
                 where=users_line(),
             )
         return self._at(index % count)
