@@ -111,6 +111,21 @@ def test_a_written_parameter_is_not_the_models(llama: Any, plain: Any) -> None:
     assert torch.equal(plain.model.embed_tokens.weight, before)
 
 
+def test_what_the_model_does_to_a_written_parameter_it_does_to_a_copy(llama: Any, plain: Any) -> None:
+    _ = llama.card
+    before = plain.model.embed_tokens.weight.clone()
+
+    def spoil(module: Any, args: Any) -> None:
+        args[0].zero_()
+
+    handle = plain.model.layers[1].register_forward_pre_hook(spoil)
+    with llama.trace([[1]]):
+        llama.layers[0].output = llama.embed_tokens.weight[:1].unsqueeze(0)
+        llama.lm_head.output.save()
+    handle.remove()
+    assert torch.equal(plain.model.embed_tokens.weight, before)
+
+
 def test_what_was_saved_is_not_the_models(llama: Any, plain: Any) -> None:
     before = plain.lm_head.weight.clone()
     with llama.trace(IDS):

@@ -254,6 +254,20 @@ def test_a_neighbour_that_skips_changes_nothing_for_the_others(model: Any, name:
         assert torch.equal(run(skip=True), run(skip=False))
 
 
+def test_invokes_take_turns_where_an_output_cannot_be_shared(llama: Any, plain_llama: Any) -> None:
+    saved = []
+    with llama.trace() as tracer:
+        for ids in (IDS, BATCH):
+            with tracer.invoke(ids):
+                shape = 1, len(ids[0]), 8
+                llama.model.rotary_emb.skip((torch.ones(shape), torch.zeros(shape)))
+                saved.append(llama.lm_head.output.save())
+    for ids, logits in zip((IDS, BATCH), saved, strict=True):
+        shape = 1, len(ids[0]), 8
+        after = {"model.rotary_emb": lambda _, s=shape: (torch.ones(s), torch.zeros(s))}
+        close(logits, forward(plain_llama, torch.tensor(ids), after=after).logits)
+
+
 def test_a_value_of_one_invoke_stands_in_in_another(llama: Any, plain_llama: Any) -> None:
     other = [[3, 1, 4, 1, 5, 9]]
     with llama.trace() as tracer:

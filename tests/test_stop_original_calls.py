@@ -207,6 +207,14 @@ def test_an_original_is_a_copy_and_shows_edits_made_upstream(llama: Any, plain: 
     assert torch.equal(logits, reference)
 
 
+def test_an_original_alone_needs_the_edits_before_it(llama: Any, plain: Any) -> None:
+    with llama.trace(IDS):
+        llama.layers[0].output = llama.layers[0].output * 2
+        later = llama.layers[1].output.original.save()
+    twice = {"model.layers.0": lambda h: first(h) * 2}
+    assert torch.equal(later, capture(plain, torch.tensor(IDS), "model.layers.1", after=twice))
+
+
 def test_originals_of_structures_and_of_steps(llama: Any, plain: Any) -> None:
     with llama.generate(IDS, max_new_tokens=3, **NO_EOS) as tracer, tracer.all():
         attention = llama.layers[0].self_attn
