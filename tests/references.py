@@ -52,7 +52,9 @@ def capture(
         seen.append(first(output).clone())
 
     hooks: dict[str, Any] = {"after": {path: after}} if kind == "output" else {"before": {path: before}}
-    forward(model, ids, **hooks, **kwargs)
+    for name, given in kwargs.items():
+        hooks[name] = {**given, **hooks.get(name, {})} if name in ("before", "after") else given
+    forward(model, ids, **hooks)
     return seen[0]
 
 

@@ -274,7 +274,7 @@ def test_tree_before_and_after_the_first_input() -> None:
     assert {"conv", "head"} <= set(dir(model))
     model.trace(image(2), trace=False)
     assert "(conv): Conv2d -> [batch, 4, 8, 8] float32" in repr(model)
-    with pytest.raises(UnknownModuleError, match=r"has no module 'con'\. Nearest: conv"):
+    with pytest.raises(UnknownModuleError, match=r"has no module or parameter 'con'\. Nearest: conv"):
         _ = model.con
 
 

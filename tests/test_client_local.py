@@ -184,7 +184,7 @@ def test_every_mistake_names_what_was_asked_what_was_found_and_the_line(model: A
         assert str(refused(model, error, match, body, IDS)).startswith(f"{__file__}:")
 
     head, layers = model.lm_head, model.model.layers
-    fails(UnknownModuleError, "has no module 'lm_haed'. Nearest: lm_head", lambda: model.lm_haed)
+    fails(UnknownModuleError, "has no module or parameter 'lm_haed'. Nearest: lm_head", lambda: model.lm_haed)
     fails(UnknownModuleError, "'model.layers.0.mpl'. Nearest: model.layers.0.mlp", lambda: layers[0].mpl)
     fails(
         IndexOutOfRangeError,
@@ -260,7 +260,7 @@ def test_the_tree_is_walked_by_name_index_and_prefix(model: Any) -> None:
         "model.layers.0.mlp.gate_proj",
     ]
     assert model.config.num_hidden_layers == 2
-    with pytest.raises(NotYetError, match=r"lm_head.weight is not in .* reading a parameter .* float32"):
+    with pytest.raises(RecordingError, match="none is open here"):
         _ = model.lm_head.weight
     with pytest.raises(RecordingError, match="cannot be assigned"):
         model.layers[0].mlp.up_proj = 3

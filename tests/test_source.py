@@ -779,6 +779,7 @@ def test_the_mode_is_on_only_while_the_module_runs(
 
 
 def test_the_pass_ends_after_the_last_call_that_is_needed(llama: Any, tiny_models: Any) -> None:
+    assert llama.card  # probed before the hook is there
     ran: list[str] = []
     handle = tiny_models["llama"].model.layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append("mlp"))
     try:

@@ -29,7 +29,6 @@ MODEL = {
     "std": "standard names of modules; print(model) shows the model's",
 }
 MODULE = {
-    "skip": "leaving a module out; assign to its .output",
     "backward_output": _NO_GRADIENTS,
     "backward_input": _NO_GRADIENTS,
 }
@@ -39,13 +38,9 @@ VALUE = {
     "requires_grad_": _NO_GRADIENTS,
     "retain_grad": _NO_GRADIENTS,
     "register_hook": _NO_GRADIENTS,
-    "original": "the value before every edit; take .clone() of it before the edit",
 }
 TRACER = {
-    "stop": "ending the pass early by hand; it ends by itself after the last value that is needed",
     "output": "the output kept without save; write model.output.save()",
-    "log": "values shown while the model runs; save them and print them after the block",
-    "print": "values shown while the model runs; save them and print them after the block",
     "cond": _NO_FLOW,
     "select": _NO_FLOW,
     "loop": "loops on the server; a Python loop over a known count is recorded turn by turn",
@@ -54,7 +49,6 @@ TRACER = {
 SESSION = {
     "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "parameter": _NO_GRADIENTS,
-    "log": TRACER["log"],
 }
 TRACE_OPTIONS = {
     "exclusive": "a run of one's own; the pass is shared only with the trace's own invokes",

@@ -19,6 +19,7 @@ from pellucid_shared.packing import WireTensor
 from pellucid_shared.wire import TokenizedInvoke
 
 from ._inputs import Chat, Prompt, awaits_answer
+from ._progress import printed
 from ._recorder import paused
 
 _NOT_ASKED: Any = object()
@@ -136,8 +137,13 @@ class LocalModel:
         started: Callable[[Any], None],
     ) -> dict[str, Any]:
         inputs = [TokenizedInvoke(ids=prompt.ids or [], mask=prompt.invoke.mask) for prompt in prompts]
-        results: dict[str, Any] = self.engine.run(graph, inputs, literals)
+        results: dict[str, Any] = self.engine.run(graph, inputs, literals, notify=_printed)
         return results
+
+
+def _printed(kind: str, data: Mapping[str, Any]) -> None:
+    if kind == "log":
+        printed(str(data["text"]))
 
 
 def _load(name: str, options: LoadOptions) -> Any:

@@ -6,9 +6,16 @@ import sys
 from types import TracebackType
 from typing import Any
 
+import click
+
 from pellucid_shared.wire import Event
 
 _ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
+
+
+def printed(text: str) -> None:
+    """Write what the user logs to stdout, as ``print`` would."""
+    click.echo(text)
 
 
 class StatusLine:
@@ -36,10 +43,22 @@ class StatusLine:
         if self._status is not None:
             self._status.update(text)
 
+    def print(self, text: str) -> None:
+        """Write a line to stdout, above the status line."""
+        if self._status is not None:
+            self._status.stop()
+        printed(text)
+        if self._status is not None:
+            self._status.start()
+
     def event(self, event: Event) -> None:
-        """Show what an event of a job says."""
+        """Show what an event of a job says. What the user logs is printed whether or not there is a line."""
         data = event.data
-        if event.type == "progress":
+        if event.type == "log":
+            self.print(str(data.get("text", "")))
+        elif event.type == "token":
+            self.show(f"running, step {data.get('step')}")
+        elif event.type == "progress":
             self.show(f"{data.get('what', 'working')} {100 * float(data.get('fraction', 0)):.0f} %")
         elif event.type in ("state", "gap"):
             position = data.get("position")

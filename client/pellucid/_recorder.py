@@ -19,7 +19,7 @@ from pellucid_shared.card import ModelCard
 from pellucid_shared.check import Scene, Size, check_flat, check_node, require_room
 from pellucid_shared.errors import InputError, PellucidError, RecordingError, ValueNotReadyError
 from pellucid_shared.flat import Flat, flatten
-from pellucid_shared.graph import GET, SET, Each, Generation, Graph, Invoke, Node, Trace
+from pellucid_shared.graph import GET, LOG, Each, Generation, Graph, Invoke, Node, Trace
 from pellucid_shared.lint import lint
 from pellucid_shared.ops import Alias, Cost, lookup
 from pellucid_shared.packing import WireTensor, digest
@@ -327,6 +327,11 @@ class Recorder:
         finally:
             self.invoke = None
 
+    @property
+    def tells(self) -> bool:
+        """Whether anything is to come of a run."""
+        return bool(self.saved) or any(node.op == LOG for node in self.nodes)
+
     def shows(self, node: int, site: Site) -> bool:
         """Whether a node's value is the very tensor that is at the site now."""
         made = self.nodes[node]
@@ -470,8 +475,8 @@ class Recorder:
 
     def _check_in(self, node: Node, specs: Sequence[Spec], scene: Scene) -> Checked:
         first = self._first_step(node.region)
-        if first and node.op in (GET, SET):
-            node = replace(node, args=(replace(node.site, step=node.site.step + first), *node.args[1:]))
+        if first and node.at is not None:
+            node = replace(node, args=(replace(node.at, step=node.at.step + first), *node.args[1:]))
         return check_node(node, specs, self.card, scene, self._literal_specs)
 
     def _last_trace(self) -> int:

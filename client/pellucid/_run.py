@@ -67,12 +67,12 @@ class Run:
                     "this session holds no trace: open `with model.trace(prompt):` inside it"
                 )
             graph, flat, timeline = recorder.finish()
-            if recorder.saved:
+            if recorder.tells:
                 warn_of_edits_that_show(recorder, flat, timeline)
             if not self._blocking:
                 self._send(graph)
                 return
-            if recorder.saved:
+            if recorder.tells:
                 results = recorder.target.run(
                     graph,
                     recorder.prompts,

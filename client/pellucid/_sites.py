@@ -21,13 +21,13 @@ from pellucid_shared.errors import (
     SiteError,
     ValueNotReadyError,
 )
-from pellucid_shared.graph import GET, SET
+from pellucid_shared.graph import GET, ORIGINAL, SET
 from pellucid_shared.values import RESULT, Site
 
 from ._call import graph_value, value_of
 from ._lines import users_line
 from ._recorder import WHOLE, Recorder
-from ._structure import Unread
+from ._structure import DictValue, ListValue, TupleValue, Unread
 from ._value import Value
 from ._whole import WholeBatch
 
@@ -78,6 +78,8 @@ class SiteStructure(Unread):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name == "original" and name not in self._structure.items:
+            return originals(self._recorder, self._site, self._structure)
         return self._member(self._key(name))
 
     def __iter__(self) -> Iterator[Any]:
@@ -165,15 +167,15 @@ class SiteStructure(Unread):
         return self._members[key]
 
 
-def read(recorder: Recorder, module: str, kind: str, path: Path = ()) -> Any:
+def read(recorder: Recorder, module: str, kind: str, path: Path = (), call: int = 0) -> Any:
     """The value at a module's output, or at ``("input")`` all its arguments as ``(args, kwargs)``.
 
     ``path`` is the name of a call inside it, where ``kind`` is of calls.
 
     Raises:
-        SiteError: the module is never called.
+        SiteError: the module is never called, or not so often.
     """
-    site = _site(recorder, module, kind, path)
+    site = _site(recorder, module, kind, path, call)
     return _read(recorder, site, _structure(recorder, site))
 
 
@@ -194,31 +196,46 @@ def read_result(recorder: Recorder) -> Any:
     return value_of(recorder, recorder.add(GET, (site,)))
 
 
-def read_output(recorder: Recorder, module: str) -> Any:
+def read_output(recorder: Recorder, module: str, call: int = 0) -> Any:
     """What the module returned."""
-    return read(recorder, module, "output")
+    return read(recorder, module, "output", call=call)
 
 
-def replace_output(recorder: Recorder, module: str, value: Any) -> None:
+def replace_output(recorder: Recorder, module: str, value: Any, call: int = 0) -> None:
     """Assign to what the module returned."""
-    replace(recorder, module, "output", value)
+    replace(recorder, module, "output", value, call=call)
 
 
-def read_input(recorder: Recorder, module: str, kind: str = "input", path: Path = ()) -> Any:
+def read_input(recorder: Recorder, module: str, kind: str = "input", path: Path = (), call: int = 0) -> Any:
     """The first positional argument, or the first keyword argument where none is positional."""
-    site, structure = _first_input(recorder, module, kind, path)
+    site, structure = _first_input(recorder, module, kind, path, call)
     return _read(recorder, site, structure)
 
 
-def replace(recorder: Recorder, module: str, kind: str, value: Any, path: Path = ()) -> None:
+def replace(recorder: Recorder, module: str, kind: str, value: Any, path: Path = (), call: int = 0) -> None:
     """Assign to a module's output, or to all its arguments."""
-    site = _site(recorder, module, kind, path)
+    site = _site(recorder, module, kind, path, call)
     write(recorder, site, _structure(recorder, site), value)
 
 
-def replace_input(recorder: Recorder, module: str, value: Any, kind: str = "input", path: Path = ()) -> None:
+def replace_input(
+    recorder: Recorder, module: str, value: Any, kind: str = "input", path: Path = (), call: int = 0
+) -> None:
     """Assign to the argument :func:`read_input` reads."""
-    write(recorder, *_first_input(recorder, module, kind, path), value)
+    write(recorder, *_first_input(recorder, module, kind, path, call), value)
+
+
+def originals(recorder: Recorder, site: Site, structure: Structure) -> Any:
+    """What was at a site before this graph's edits there: a value, or a structure of them; what is no tensor
+    is None."""
+    if isinstance(structure, Fields):
+        return DictValue((k, originals(recorder, _inside(site, k), v)) for k, v in structure.items.items())
+    if isinstance(structure, Items):
+        parts = [originals(recorder, _inside(site, i), v) for i, v in enumerate(structure.items)]
+        return TupleValue(parts) if structure.leaf == "tuple" else ListValue(parts)
+    if isinstance(structure, TensorLeaf) and structure.shape is not None:
+        return value_of(recorder, recorder.add(ORIGINAL, (site,)))
+    return None
 
 
 def write(recorder: Recorder, site: Site, structure: Structure, value: Any) -> None:
@@ -316,9 +333,9 @@ def _pairs(site: Site, structure: Items | Fields, value: Any) -> Iterator[tuple[
         yield key, part, given[key]
 
 
-def _site(recorder: Recorder, module: str, kind: str, path: Path = ()) -> Site:
+def _site(recorder: Recorder, module: str, kind: str, path: Path = (), call: int = 0) -> Site:
     """The whole of a module's output or arguments, in the invoke and step that are being written."""
-    return Site(module, kind, path, recorder.current_invoke(), recorder.step_of(module))
+    return Site(module, kind, path, recorder.current_invoke(), recorder.step_of(module), call)
 
 
 def _whole(recorder: Recorder) -> WholeBatch:
@@ -327,7 +344,7 @@ def _whole(recorder: Recorder) -> WholeBatch:
 
 
 def _whole_site(recorder: Recorder, site: Site) -> tuple[Any, ...]:
-    return recorder.region, site.module, site.kind, site.invoke, site.step
+    return recorder.region, site.module, site.kind, site.invoke, site.step, site.call
 
 
 def _structure(recorder: Recorder, site: Site) -> Structure:
@@ -346,9 +363,9 @@ def _structure(recorder: Recorder, site: Site) -> Structure:
 
 
 def _first_input(
-    recorder: Recorder, module: str, kind: str = "input", path: Path = ()
+    recorder: Recorder, module: str, kind: str = "input", path: Path = (), call: int = 0
 ) -> tuple[Site, Structure]:
-    site = _site(recorder, module, kind, path)
+    site = _site(recorder, module, kind, path, call)
     structure = _structure(recorder, site)
     assert isinstance(structure, Items)
     args, kwargs = structure.items

@@ -15,6 +15,7 @@ from ._files import Experiment
 from ._inputs import Prompt, prompt
 from ._later import SESSION, TRACER, refuse
 from ._lines import at_users_line, users_line
+from ._passing import log, stop
 from ._recorder import Recorder
 from ._run import Run
 from ._sites import read_result
@@ -79,9 +80,15 @@ class Session:
         """The same as ``model.generate``, in this session."""
         return self._model.generate(*inputs, **options)
 
+    def log(self, *parts: Any, sep: str = " ") -> None:
+        """The same as ``tracer.log``; between two traces, told when the first of them is over."""
+        log(self.run.recorder, parts, sep)
+
+    print = log
+
     def __getattr__(self, name: str) -> NoReturn:
         refuse(SESSION, name, f"session.{name}")
-        raise AttributeError(f"a session has no {name!r}; it has trace(), generate(), graph and job")
+        raise AttributeError(f"a session has no {name!r}; it has trace(), generate(), log(), graph and job")
 
     def __enter__(self) -> Session:
         self.run.enter()
@@ -151,6 +158,31 @@ class Tracer(Body):
         """The graph with the tensors of the user's that it names; ``pellucid.save_experiment`` stores it."""
         return self._recorder.experiment()
 
+    def log(self, *parts: Any, sep: str = " ") -> None:
+        """Print values when the run comes by: shape, dtype, statistics and the first elements of tensors;
+        strings and numbers as they are. In a body for steps it is one line a step. A server sends them as
+        ``log`` events, at most 10,000 a job.
+
+        Args:
+            parts: values, numbers, strings, and lists, tuples and dicts of them; anything else as ``str()``
+                shows it. A string has at most 1000 characters.
+
+        Raises:
+            GraphError: nothing, or more than 64 parts.
+        """
+        log(self._recorder, parts, sep)
+
+    print = log
+
+    def stop(self) -> None:
+        """End the pass here, for the input whose body this is: what follows may use what was read so far, and
+        touch nothing that the model reaches later. A generation takes no further step.
+
+        Raises:
+            RecordingError: outside the body of an input.
+        """
+        stop(self._recorder)
+
     def invoke(self, *inputs: Any) -> Invocation:
         """``with tracer.invoke(prompt):`` one input of the pass; the body sees only its rows and tokens.
 
@@ -175,7 +207,9 @@ class Tracer(Body):
 
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"tracer.{name}")
-        has = "invoke(), iter, all(), next(), list(), cache(), save_all(), result, graph and job"
+        has = (
+            "invoke(), iter, all(), next(), list(), cache(), save_all(), log(), stop(), result, graph and job"
+        )
         raise AttributeError(f"a tracer has no {name!r}; it has {has}")
 
     def __enter__(self) -> Tracer:

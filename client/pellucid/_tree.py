@@ -17,8 +17,9 @@ from pellucid_shared.errors import (
 from pellucid_shared.graph import APPLY
 from pellucid_shared.values import ModuleRef
 
-from . import _sites, compat
+from . import _passing, _sites, compat
 from ._call import graph_value, value_of
+from ._calls import Calls
 from ._later import MODEL, MODULE, refuse
 from ._lines import users_line
 from ._names import Names, look_up
@@ -41,9 +42,11 @@ class Module:
 
     path: str
     _model: LanguageModel
+    _call: int
 
-    def __init__(self, model: LanguageModel, path: str) -> None:
-        self.__dict__["_model"], self.__dict__["path"] = model, path
+    def __init__(self, model: LanguageModel, path: str, call: int = 0) -> None:
+        own = self.__dict__
+        own["_model"], own["path"], own["_call"] = model, path, call
 
     # --- sites ---------------------------------------------------------------------------------------------
 
@@ -56,36 +59,61 @@ class Module:
             RecordingError: outside a trace.
         """
         recorder = self._recorder()
-        read = compat.read_output if recorder.tuple_outputs else _sites.read_output
-        return read(recorder, self.path)
+        if recorder.tuple_outputs and not self._call:
+            return compat.read_output(recorder, self.path)
+        return _sites.read_output(recorder, self.path, self._call)
 
     @output.setter
     def output(self, value: Any) -> None:
         recorder = self._recorder()
-        replace = compat.replace_output if recorder.tuple_outputs else _sites.replace_output
-        replace(recorder, self.path, value)
+        if recorder.tuple_outputs and not self._call:
+            compat.replace_output(recorder, self.path, value)
+        else:
+            _sites.replace_output(recorder, self.path, value, self._call)
 
     @property
     def input(self) -> Any:
         """The first positional argument, or the first keyword argument. Assign to replace it."""
         recorder = self._recorder()
-        read = compat.read_arguments if recorder.tuple_outputs else _sites.read_input
-        return read(recorder, self.path)
+        if recorder.tuple_outputs and not self._call:
+            return compat.read_arguments(recorder, self.path)
+        return _sites.read_input(recorder, self.path, call=self._call)
 
     @input.setter
     def input(self, value: Any) -> None:
         recorder = self._recorder()
-        replace = compat.replace_arguments if recorder.tuple_outputs else _sites.replace_input
-        replace(recorder, self.path, value)
+        if recorder.tuple_outputs and not self._call:
+            compat.replace_arguments(recorder, self.path, value)
+        else:
+            _sites.replace_input(recorder, self.path, value, call=self._call)
 
     @property
     def inputs(self) -> Any:
         """All arguments, ``(args, kwargs)``. Assign to replace them."""
-        return _sites.read(self._recorder(), self.path, "input")
+        return _sites.read(self._recorder(), self.path, "input", call=self._call)
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
-        _sites.replace(self._recorder(), self.path, "input", value)
+        _sites.replace(self._recorder(), self.path, "input", value, call=self._call)
+
+    @property
+    def calls(self) -> Calls:
+        """Its calls within one pass: ``module.calls[1].output`` where the model calls it more than once;
+        ``module.output`` is that of call 0."""
+        return Calls(self.path, self._card(), lambda call: Module(self._model, self.path, call))
+
+    def skip(self, value: Any) -> None:
+        """Do not run the module; a copy of ``value`` is its output. Where it keeps keys and values of a
+        generation, those are made all the same.
+
+        Args:
+            value: a tensor (``module.input``), a number that fills, or a structure as the output's.
+
+        Raises:
+            SiteError: the module is never called, or returns what no value can stand for.
+            ShapeError: the value does not have the output's form, shape or kind of dtype.
+        """
+        _passing.skip(self._recorder(), self.path, self._call, value)
 
     @property
     def source(self) -> Source:
@@ -145,6 +173,23 @@ class Module:
         for _, module in self.named_modules():
             yield module
 
+    def parameters(self) -> Iterator[Any]:
+        """The parameters of this module and all below it, as values."""
+        for _, value in self.named_parameters():
+            yield value
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """(path from here, value) of every parameter of this module and all below it, as torch names them;
+        one that several modules share comes once for each.
+
+        Raises:
+            RecordingError: outside a trace.
+        """
+        for path, module in self.named_modules():
+            inside = path.removeprefix(self.path).removeprefix(".")
+            for name in module._info().parameters:
+                yield _join(inside, name), _passing.parameter(self._recorder(), path, name)
+
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """(path, module) of this module and all below it, depth first."""
         inside = f"{self.path}." if self.path else ""
@@ -158,6 +203,8 @@ class Module:
         found = self._model._names().child(self.path, name, self._card())
         if found is not None:
             return Module(self._model, found)
+        if name in {**self._info().parameters, **self._info().buffers}:
+            return _passing.parameter(self._recorder(), self.path, name)
         self._refuse_what_is_to_come(name)
         raise self._unknown(self._card(), name)
 
@@ -190,10 +237,6 @@ class Module:
         spelling = f"{self.path or 'model'}.{name}"
         refuse({} if self.path else MODEL, name, spelling)
         refuse(MODULE, name, spelling)
-        if name in self._info().parameters:
-            leaf = self._info().parameters[name]
-            parameter = f"reading a parameter ({leaf}); this version reads what modules take and return"
-            refuse({name: parameter}, name, spelling)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("output", "input", "inputs") or name.startswith("_"):
@@ -246,13 +289,16 @@ class Module:
         names = [
             n for base in bases for n in (*self._card().children[base], *self._model._names().below(base))
         ]
-        return sorted({*super().__dir__(), *(n for n in names if n.isidentifier())})
+        own = (*self._info().parameters, *self._info().buffers)
+        return sorted({*super().__dir__(), *own, *(n for n in names if n.isidentifier())})
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Module) and other._model is self._model and other.path == self.path
+        return isinstance(other, Module) and (
+            (other._model, other.path, other._call) == (self._model, self.path, self._call)
+        )
 
     def __hash__(self) -> int:
-        return hash((id(self._model), self.path))
+        return hash((id(self._model), self.path, self._call))
 
     def __repr__(self) -> str:
         return show_tree(self._card(), self._model._names(), self.path)
@@ -277,9 +323,11 @@ class Module:
     def _unknown(self, card: ModelCard, name: str) -> UnknownModuleError:
         full = _join(self.path, name)
         names = [_join(b, n) for b in (self.path, *self._fallbacks(card)) for n in card.children[b]]
+        names += [_join(self.path, n) for n in (*self._info().parameters, *self._info().buffers)]
         near = did_you_mean(full, names) or did_you_mean(full, card.module_index)
         return UnknownModuleError(
-            f"{card.id} has no module {full!r}.{near or f' Here are: {_listed(names)}.'}", where=users_line()
+            f"{card.id} has no module or parameter {full!r}.{near or f' Here are: {_listed(names)}.'}",
+            where=users_line(),
         )
 
 

@@ -51,6 +51,17 @@ class Value:
         """
         raise self._recorder.not_ready(self)
 
+    @property
+    def original(self) -> Any:
+        """What was at the value's site before this graph's edits there, wherever they are written.
+
+        Raises:
+            RecordingError: the value is not that of a site, or of another body.
+        """
+        from ._passing import original
+
+        return original(self._recorder, self._node)
+
     # --- what is known before the run ----------------------------------------------------------------------
 
     @property

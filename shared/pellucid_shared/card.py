@@ -159,11 +159,12 @@ class Body(_Frozen):
 
 
 class ModuleInfo(_Frozen):
-    """One module of the tree: its class and the parameters it owns directly."""
+    """One module of the tree: its class, and the parameters and buffers it owns directly."""
 
     path: str
     class_name: str
     parameters: dict[str, TensorLeaf] = {}
+    buffers: dict[str, TensorLeaf] = {}
 
 
 class ModelCard(_Frozen):

@@ -21,8 +21,9 @@ from .errors import (
     did_you_mean,
 )
 from .flat import Flat, flatten, split
-from .graph import APPEND, APPLY, GET, LIST, SAVE, SET, Graph, Node
+from .graph import APPEND, APPLY, GET, LIST, LOG, ORIGINAL, PARAM, SAVE, SET, SKIP, STOP, Graph, Node
 from .ops import Cost, lookup
+from .passing import parameter_spec, require_pass, skipped_parts
 from .regions import Trace
 from .specs import DTYPES, Dim, Spec, TensorSpec, is_floating, same_size
 from .storage import Timeline, timeline
@@ -111,7 +112,7 @@ def check_node(
             return tensors[value.digest]
         return value
 
-    if node.op == GET:
+    if node.op in (GET, ORIGINAL):
         return site_spec(node.site, card, scene), None, Cost(0, 0)
     if node.op == SET:
         target = site_spec(node.site, card, scene)
@@ -121,6 +122,18 @@ def check_node(
     kwargs = {k: substitute(v, resolve) for k, v in node.kwargs.items()}
     if node.op == SAVE:
         return None, None, Cost(0, _nbytes(args[0]))
+    if node.op == SKIP:
+        known_module(node.site.module, card)
+        for site, value in skipped_parts(node.site, args[1], card):
+            _check_write(site, site_spec(site, card, scene), value)
+        return None, None, Cost(0, _nbytes(args[1]))
+    if node.op in (LOG, STOP):
+        require_pass(node, card)
+        return None, None, Cost(0, 0)
+    if node.op == PARAM:
+        known_module(args[0].path, card)
+        weight = parameter_spec(args[0].path, args[1], card)
+        return weight, None, Cost(0, weight.nbytes)
     if node.op in (LIST, APPEND):  # a flat graph has none; while one is written its length is nobody's
         return [], None, Cost(0, 0)
     if node.op == APPLY:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import LimitError
-from .graph import APPEND, GET, LIST, SAVE, SET, Each, Graph, Node, Trace
+from .graph import APPEND, LIST, SAVE, Each, Graph, Node, Trace
 from .values import Ref, Value, contains, substitute
 
 MAX_FLAT_NODES = 1_000_000
@@ -130,9 +130,8 @@ class _Flattener:
             return
         args = tuple(self._members(v) for v in args)
         kwargs = {k: self._members(substitute(v, leaf)) for k, v in node.kwargs.items()}
-        if node.op in (GET, SET) and step:
-            site = node.site
-            args = (replace(site, step=site.step + step), *args[1:])
+        if node.at is not None and step:
+            args = (replace(node.at, step=node.at.step + step), *args[1:])
         if node.op == SAVE:
             args = args[:1]
         made = self._emit(position, replace(node, args=args, kwargs=kwargs), each)

@@ -1,13 +1,18 @@
 """The intervention graph: nodes in program order, regions, and its one canonical JSON.
 
-A node's id is its position. Six op ids are the graph's own; every other is in the op registry:
+A node's id is its position. These op ids are the graph's own; every other is in the op registry:
 
     site.get(site)                      read a tensor where the model makes it
+    site.original(site)                 a copy of it from before this graph's edits there
     site.set(site, value)               replace it; yields nothing
     module.apply(module, *args, **kw)   call a module of the model out of order
+    module.skip(site, value)            do not run the module whose output this is; yields nothing
+    param.get(module, name)             a copy of a parameter or buffer
     save(value[, "name"])               send a value, or a structure of values, back; yields nothing
     list.new()                          an empty list
     list.append(list, value)            lengthen it, in program order and step by step; yields nothing
+    log(site or null, *parts)           tell of values as the run comes by; yields nothing
+    stop(site)                          nothing after it touches a later site; yields nothing
 """
 
 from __future__ import annotations
@@ -45,7 +50,11 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 
 GET, SET, APPLY, SAVE = "site.get", "site.set", "module.apply", "save"
 LIST, APPEND = "list.new", "list.append"
-CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND)
+ORIGINAL, SKIP, PARAM, LOG, STOP = "site.original", "module.skip", "param.get", "log", "stop"
+CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND, ORIGINAL, SKIP, PARAM, LOG, STOP)
+#: Those whose first argument is a site, and those that yield nothing.
+SITE_OPS = (GET, SET, ORIGINAL, SKIP, LOG, STOP)
+VOID_OPS = (SET, SAVE, APPEND, SKIP, LOG, STOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +73,16 @@ class Node:
 
     @property
     def site(self) -> Site:
-        """The site of a ``site.get`` or ``site.set`` node."""
-        site = self.args[0]
-        assert isinstance(site, Site)
+        """The site of a node that has one."""
+        site = self.at
+        assert site is not None
         return site
+
+    @property
+    def at(self) -> Site | None:
+        """The site a node touches or is tied to, or None."""
+        first = self.args[0] if self.args else None
+        return first if isinstance(first, Site) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +174,7 @@ class Graph:
 
     def sites(self) -> dict[int, Site]:
         """Position of each node that touches a site -> that site."""
-        return {i: n.site for i, n in enumerate(self.nodes) if n.op in (GET, SET)}
+        return {i: n.site for i, n in enumerate(self.nodes) if n.at is not None}
 
 
 def loads(data: bytes | str) -> Any:
@@ -259,8 +274,15 @@ __all__ = [
     "CORE_OPS",
     "GET",
     "LIST",
+    "LOG",
+    "ORIGINAL",
+    "PARAM",
     "SAVE",
     "SET",
+    "SITE_OPS",
+    "SKIP",
+    "STOP",
+    "VOID_OPS",
     "Each",
     "Generation",
     "Graph",

@@ -7,8 +7,29 @@ from types import EllipsisType
 from typing import Any, NoReturn
 
 from .errors import EmptyPromptError, GraphError, LimitError, PellucidError, SiteError
-from .graph import APPEND, APPLY, CORE_OPS, GET, LIST, SAVE, SET, Each, Graph, Invoke, Node, Trace
+from .graph import (
+    APPEND,
+    APPLY,
+    CORE_OPS,
+    GET,
+    LIST,
+    LOG,
+    ORIGINAL,
+    PARAM,
+    SAVE,
+    SET,
+    SITE_OPS,
+    SKIP,
+    STOP,
+    VOID_OPS,
+    Each,
+    Graph,
+    Invoke,
+    Node,
+    Trace,
+)
 from .ops import lookup
+from .passing import lint_passing
 from .regions import Region
 from .values import INSIDE, KINDS, RESULT, ModuleRef, Ref, Site, TensorRef, contains
 
@@ -18,7 +39,17 @@ MAX_ROWS = 4096
 MAX_NAME = 200
 MAX_REGIONS = 100_000
 #: Fewest and most arguments of the core ops that take a fixed number.
-ARITY = {GET: (1, 1), SET: (2, 2), SAVE: (1, 2), LIST: (0, 0), APPEND: (2, 2)}
+ARITY = {
+    GET: (1, 1),
+    SET: (2, 2),
+    SAVE: (1, 2),
+    LIST: (0, 0),
+    APPEND: (2, 2),
+    ORIGINAL: (1, 1),
+    SKIP: (2, 2),
+    PARAM: (2, 2),
+    STOP: (1, 1),
+}
 
 
 def lint(graph: Graph) -> None:
@@ -31,12 +62,14 @@ def lint(graph: Graph) -> None:
     3. Each op is a core op or in the registry.
     4. Each ref points to an earlier node, and to one that yields a value. What a body for several steps
        makes is used in that body alone; it leaves by save, by list.append, or by edits in place.
-    5. A site is the first argument of site.get and site.set and stands nowhere else; it names an invoke that
-       exists, a known kind, and a step of its trace. A result is the root's, and read alone. The path of a
-       call inside a module begins with its name.
-    6. A module is the first argument of module.apply and stands nowhere else.
+    5. A site is the first argument of site.get, site.original, site.set, module.skip, stop and log (which may
+       have null there) and stands nowhere else; it names an invoke that exists, a known kind, and a step of
+       its trace. A result is the root's, and read alone. module.skip names a whole output; stop and log the
+       root's input, where the pass begins. The path of a call inside a module begins with its name.
+    6. A module is the first argument of module.apply and param.get and stands nowhere else.
     7. Save names are strings, not empty, at most 200 characters, and unique.
     8. A list stands only in list.append and in save.
+    9. A log has 1 to 64 parts: values, numbers, strings of at most 1000 characters, and structures of them.
 
     Raises:
         GraphError: the first invariant that does not hold; ``node`` names the node.
@@ -122,7 +155,7 @@ def _lint_node(graph: Graph, position: int, node: Node) -> None:
         if ref >= position:
             _bad(f"{node.op} takes the value of node {ref}, which is not before it")
         source = graph.nodes[ref]
-        if source.op in (SET, SAVE, APPEND):
+        if source.op in VOID_OPS:
             _bad(f"{node.op} takes the value of node {ref}, a {source.op}, which yields none")
         if source.op == LIST and node.op not in (APPEND, SAVE):
             _bad(f"{node.op} takes the list of node {ref}; a list is appended to and saved")
@@ -131,9 +164,13 @@ def _lint_node(graph: Graph, position: int, node: Node) -> None:
                 f"{node.op} takes the value of node {ref}, which a body for several steps makes in each; "
                 "append it to a list, or save it in the body"
             )
-    first: type | None = Site if node.op in (GET, SET) else ModuleRef if node.op == APPLY else None
+    first: type | None = None
+    if node.op in SITE_OPS:
+        first = Site
+    elif node.op in (APPLY, PARAM):
+        first = ModuleRef
     rest = node.args
-    if first is not None:
+    if first is not None and not (node.op == LOG and node.args[:1] == (None,)):
         if not node.args or not isinstance(node.args[0], first):
             _bad(f"{node.op} takes a {'site' if first is Site else 'module'} first")
         rest = node.args[1:]
@@ -144,7 +181,7 @@ def _lint_node(graph: Graph, position: int, node: Node) -> None:
 
 
 def _lint_core(graph: Graph, node: Node) -> None:
-    if node.op in (GET, SET):
+    if node.at is not None:
         _lint_site(graph, node)
     arity = ARITY.get(node.op)
     if arity and not (arity[0] <= len(node.args) <= arity[1] and not node.kwargs):
@@ -157,6 +194,7 @@ def _lint_core(graph: Graph, node: Node) -> None:
         _bad("site.set takes a tensor or a number")
     if node.op == SAVE and contains(node.args[0], (slice, EllipsisType)):
         _bad("save takes tensors, numbers, strings, and lists, tuples and dicts of them")
+    lint_passing(node)
 
 
 def _lint_site(graph: Graph, node: Node) -> None:
@@ -170,7 +208,7 @@ def _lint_site(graph: Graph, node: Node) -> None:
         _bad(f"the path of a {site.kind} begins with the name of the call, found {list(site.path)!r:.60}")
     if site.invoke >= count:
         raise SiteError(f"{site} is in invoke {site.invoke}, and the trace has {count}")
-    if site.kind == RESULT and (site != Site("", RESULT, invoke=site.invoke) or node.op == SET):
+    if site.kind == RESULT and (site != Site("", RESULT, invoke=site.invoke) or node.op != GET):
         _bad("a trace's result is read, at the root, and has no parts")
     if site.kind == RESULT and trace.generation is None:
         _bad("a trace that does not generate has no result; read the model's output")

@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from .graph import APPEND, APPLY, GET, LIST, SAVE, SET, Each, Graph, Invoke, Node, Trace
+from .graph import (
+    APPEND,
+    APPLY,
+    GET,
+    LIST,
+    LOG,
+    ORIGINAL,
+    PARAM,
+    SAVE,
+    SET,
+    SKIP,
+    STOP,
+    Each,
+    Graph,
+    Invoke,
+    Node,
+    Trace,
+)
 from .regions import GENERATION_OPTIONS, traces
 from .values import Device, DType, ModuleRef, Ref, Site, TensorRef, Value
 
@@ -109,12 +126,26 @@ def _statement(position: int, node: Node, names: dict[int, str]) -> str:
         return f"save({_text(node.args[0])}, {names[position]!r})"
     if node.op == LIST:
         return f"v{position} = []"
+    if node.op == ORIGINAL:
+        return f"v{position} = original({node.site})"
+    if node.op == PARAM:
+        return f"v{position} = {f'{node.args[0].path}.{node.args[1]}'.removeprefix('.')}"
+    if node.op == SKIP:
+        return f"skip({node.site}, {_text(node.args[1])})"
+    if node.op in (LOG, STOP):
+        given = [*map(_text, node.args[1:]), *(f"{k}={v!r}" for k, v in node.kwargs.items())]
+        return f"{node.op}({', '.join(given)}){_place(node)}"
     if node.op == APPEND:
         return f"{_text(node.args[0])}.append({_text(node.args[1])})"
     if node.op == "setitem" and len(node.args) == 3:
         base, index, value = node.args
         return f"{_text(base)}[{_index(index)}] = {_text(value)}; v{position} = {_text(base)}"
     return f"v{position} = {_expression(node)}"
+
+
+def _place(node: Node) -> str:
+    """Which invoke and step a node stands in, where that is not the first."""
+    return "" if node.at is None else str(node.at).removeprefix("model.input")
 
 
 def _expression(node: Node) -> str:

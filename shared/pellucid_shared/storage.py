@@ -11,8 +11,9 @@ from .card import ModelCard, TensorLeaf
 from .clock import Clock
 from .errors import OrderError
 from .flat import Flat
-from .graph import APPLY, GET, SAVE, SET, Node
+from .graph import APPLY, CORE_OPS, GET, LOG, ORIGINAL, SET, SKIP, STOP, Node
 from .ops import Alias, lookup
+from .passing import Passing, skipped_sites
 from .values import RESULT, Ref, Site
 
 #: A storage: ("node", position) for what a node allocates, ("site", trace, invoke, step, object) for the
@@ -44,7 +45,9 @@ def shares_pass(flat: Flat, trace: int, card: ModelCard) -> bool:
     trace touches is a slice of its packed tensor."""
     if len(flat.traces[trace].invokes) == 1:
         return True
-    sites = [n.site for n in flat.nodes if n.op in (GET, SET) and n.region == trace]
+    nodes = [n for n in flat.nodes if n.region == trace]
+    sites = [n.site for n in nodes if n.op in (GET, SET, ORIGINAL)]
+    sites += [site for n in nodes if n.op == SKIP for site in skipped_sites(n.site, card)]
     if card.takes == "tensors":
         return card.packs is True and _by_rows([site_leaf(card, site) for site in sites])
     return card.packs is not False and all(_packable(card, site) for site in sites if site.kind != RESULT)
@@ -100,6 +103,7 @@ class _Builder:
         self.flat, self.card = flat, card
         self.packed = tuple(shares_pass(flat, i, card) for i in range(len(flat.traces)))
         self.clock = Clock(card, flat.traces, self.packed)
+        self.passing = Passing(flat, card, self.clock)
         self.ready: list[int] = []
         self.roots: list[frozenset[Root]] = []
         self.effects: list[frozenset[Root]] = []
@@ -117,9 +121,13 @@ class _Builder:
             roots: frozenset[Root] = frozenset([("node", position)])
             gets: frozenset[int] = frozenset()
             edited: frozenset[Root] = frozenset()
-            if node.op in (GET, SET):
+            if node.op in (GET, SET, ORIGINAL):
                 when, roots, gets = self._site(position, node, when)
-            elif node.op not in (APPLY, SAVE):
+            elif node.op in (SKIP, LOG, STOP):
+                needs_until, when = when, self.passing.when(position, node, when)
+                if node.op == SKIP and needs_until > when:
+                    raise self._too_late(position)
+            elif node.op not in CORE_OPS:
                 source, alias = aliased(node, bound[position])
                 if source is not None and alias is not Alias.FRESH:
                     roots = self.roots[source] | (roots if alias is Alias.MAYBE_VIEW else frozenset())
@@ -135,10 +143,13 @@ class _Builder:
             self.roots.append(roots)
             self.gets.append(gets)
             self.effects.append(edited)
+        self.passing.require_no_site_inside_a_skipped_module()
         return Timeline(tuple(self.ready), tuple(self.roots), tuple(self.effects), self.packed, self.clock)
 
     def _site(self, position: int, node: Node, when: int) -> tuple[int, frozenset[Root], frozenset[int]]:
-        event = self.clock.at(node.region, node.site)
+        event = self.passing.touch(position, node)
+        if node.op == ORIGINAL:
+            return event, frozenset([("node", position)]), frozenset()
         site = _site_root(self.card, node.region, node.site)
         roots = frozenset([site])
         if node.op == GET:  # after a write it names the tensor written
@@ -165,8 +176,12 @@ class _Builder:
             if self.packed[self.flat.nodes[position].region]
             else " (these invokes run one after another: they touch sites that cannot share a pass)"
         )
+        node = self.flat.nodes[position]
+        what = f"{node.site} is written"
+        if node.op == SKIP:
+            what = f"{node.site.module} is skipped"
         return OrderError(
-            f"{self.flat.nodes[position].site} is written with a value that needs {self._latest(position)}, "
+            f"{what} with a value that needs {self._latest(position)}, "
             f"which the model makes only later{why}. "
             "A write can use only what exists when the model reaches it",
             node=self.flat.origin[position],
@@ -181,7 +196,7 @@ class _Builder:
                 reached.add(wait)
                 stack.append(wait)
                 node = self.flat.nodes[wait]
-                if node.op == GET and self.ready[wait] > best[0]:
+                if node.op in (GET, ORIGINAL) and self.ready[wait] > best[0]:
                     best = (self.ready[wait], str(node.site))
         return best[1]
 

@@ -15,11 +15,11 @@ from functools import cached_property
 from pellucid_shared.card import ModelCard
 from pellucid_shared.check import Checked
 from pellucid_shared.clock import Place
-from pellucid_shared.graph import APPLY, GET, SAVE, SET, Node
+from pellucid_shared.graph import APPLY, GET, LOG, ORIGINAL, PARAM, SAVE, SET, SKIP, Node
 from pellucid_shared.storage import Root
 from pellucid_shared.values import RESULT, Ref, TensorRef
 
-from . import emit
+from . import acts, emit
 from .liveness import needed_nodes
 from .plan import Event, Get, Group, Instruction, Pass, Plan, Save, Set
 
@@ -54,8 +54,9 @@ class _Compiler:
         for position in self.needed:
             node, when = self.flat.nodes[position], self._when(position)
             timed += [(when, position, emit.copy(position, *pair)) for pair in self.copies[position]]
-            # A save shows the last version, so it comes after everything else of its event.
-            late = len(self.flat.nodes) if node.op == SAVE else 0
+            # A save shows the last version, so it comes after everything else of its event; an original is
+            # from before everything.
+            late = len(self.flat.nodes) * ((node.op == SAVE) - (node.op == ORIGINAL))
             timed.append((when, position + late, self._instruction(position, node)))
         timed.sort(key=lambda entry: entry[:2])
         by_time: dict[int, list[Instruction]] = defaultdict(list)
@@ -131,7 +132,17 @@ class _Compiler:
             value = emit.resolve(node.args[0], slot_of)
             shared = self._shares_memory(position)
             return Save(position, self.flat.saves[position], emit.builder(value), shared, emit.reads(value))
+        if node.op in (ORIGINAL, LOG, SKIP):
+            return acts.act(position, node, slot_of, self.card)
+        if node.op == PARAM:
+            return emit.parameter(position, node, self._leaves_the_graph(position), self.runtime)
         return emit.call(position, node, slot_of, self.runtime)
+
+    def _leaves_the_graph(self, position: int) -> bool:
+        """Whether a value's storage is edited, or reaches the model, where it might be."""
+        own = ("node", position)
+        takers = (i for i in self.needed if self.flat.nodes[i].op in (SET, APPLY))
+        return own in self.editors or any(own in self._roots_read(taker) for taker in takers)
 
     def _edited_apart(self, position: int) -> bool:
         """Whether a value written to a site is edited later, and not by way of the site."""
@@ -156,7 +167,9 @@ class _Compiler:
     def _shares_memory(self, save: int) -> bool:
         """Whether a saved tensor may share memory with the model's, a literal's, or another value's."""
         return bool(self.given & self._roots_read(save)) or any(
-            self.shown[r] > 1 or self.flat.nodes[r].op == APPLY or self.timeline.roots[r] != {("node", r)}
+            self.shown[r] > 1
+            or self.flat.nodes[r].op in (APPLY, PARAM)
+            or self.timeline.roots[r] != {("node", r)}
             for r in self.flat.nodes[save].refs()
         )
 

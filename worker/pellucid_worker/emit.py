@@ -21,11 +21,13 @@ class Runtime:
         apply: ``apply(path, *args, **kwargs)`` calls a module of the model with the engine's hooks off.
         generators: per trace, what draws its random numbers.
         device: where tensors made out of nothing are put.
+        model: whose parameters are read.
     """
 
     apply: Callable[..., Any]
     generators: list[Any]
     device: Any
+    model: Any
 
 
 def resolve(value: Value, slot_of: Callable[[Ref | TensorRef], int]) -> Value:
@@ -53,6 +55,20 @@ def call(position: int, node: Node, slot_of: Callable[[Ref | TensorRef], int], r
     if lookup(node.op).random:
         function = _with_generator(runtime, node.region, function)
     return _instruction(position, function, args, kwargs)
+
+
+def parameter(position: int, node: Node, copied: bool, runtime: Runtime) -> Call:
+    """The instruction that reads a parameter or buffer; ``copied``: into memory of its own."""
+    path, name = node.args[0].path, node.args[1]
+
+    def read() -> Any:
+        module = runtime.model.get_submodule(path)
+        found = {**module._parameters, **module._buffers}[name].detach()
+        if found.is_meta:
+            raise RuntimeError("it is not in memory: it is offloaded")
+        return found.clone() if copied else found
+
+    return Call(position, read, (), {}, (), None, position, ())
 
 
 def copy(position: int, source: int, out: int) -> Call:

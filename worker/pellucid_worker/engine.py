@@ -74,7 +74,8 @@ class Engine:
             inputs: ids of each invoke, trace after trace.
             tensors: the literals the graph names, by digest.
             cancelled: set it to end the run at the next touched site or step.
-            notify: told of tokens as they are chosen; called in the thread that runs.
+            notify: told of tokens as they are chosen ("token") and of what the graph logs ("log"); called in
+                the thread that runs.
 
         Returns:
             Saved structures by name, in program order; tensors are on the CPU, contiguous, with memory of
@@ -94,7 +95,7 @@ class Engine:
             own = list(split(plan.flat, [rows(invoke, self._pad, device) for invoke in inputs]))
             samplers = [[_generator(device, t.seed) for _ in t.invokes] for t in plan.flat.traces]
             run = Run(self.model, plan, own, literals, samplers, cancelled, notify)
-            runtime.apply, runtime.device = run.apply, device
+            runtime.apply, runtime.device, runtime.model = run.apply, device, self.model
             runtime.generators = [_generator(device, t.seed) for t in plan.flat.traces]
             try:
                 saved = run.execute()

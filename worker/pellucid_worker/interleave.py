@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from pellucid_shared.errors import ExecutionError, JobCancelledError, PellucidError, SiteError
-from pellucid_shared.graph import GET, SAVE, SET
+from pellucid_shared.graph import SAVE
 from pellucid_shared.regions import Generation
 from pellucid_shared.values import INSIDE, RESULT, ModuleRef, Site
 
-from . import inputs, packed
+from . import inputs, packed, skips
 from .decode import Decoding
-from .inputs import Rows, Segment
+from .inputs import Rows
 from .inside import Inside, eager_attention
-from .plan import Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots
-from .sites import PackedView, Privates, ResultView, View, WholeView
+from .logs import Teller
+from .plan import Act, Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots
+from .sites import ResultView, View
+from .skips import Around, Given
 
 
 class _StopPassError(BaseException):
@@ -33,7 +35,8 @@ class _Missing:
 
 _MISSING = _Missing()
 
-#: Told of the run as it goes: "token" with the trace, the step, and each live invoke's new ids.
+#: Told of the run as it goes: "token" with the trace, the step, and each live invoke's new ids; "log" with
+#: what a graph logs (see ``pellucid_shared.logs``).
 Notify = Callable[[str, dict[str, Any]], None]
 
 
@@ -59,6 +62,8 @@ class Run:
     ) -> None:
         self._model, self._plan, self._rows = model, plan, rows
         self._generators, self._cancelled, self._notify = generators, cancelled, notify
+        self.teller = Teller(notify)
+        self.skipped: Given = {}
         self._slots: Slots = [None] * plan.slots
         for name, slot in plan.literals.items():
             self._slots[slot] = literals[name]
@@ -70,6 +75,11 @@ class Run:
         self._entries: dict[str, dict[int, Any]] = {
             to.name: {} for to in plan.flat.saves.values() if to.entry is not None
         }
+
+    @property
+    def is_muted(self) -> bool:
+        """Whether what runs now is not the pass: a module applied, or one that only fills its cache."""
+        return self._muted
 
     def execute(self) -> dict[str, Any]:
         """Run every pass; what was saved, by name."""
@@ -87,12 +97,16 @@ class Run:
 
     def apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """Call a module of the model with every hook of this run off."""
-        self._muted = True
+        with packed.attention_of_its_own():
+            return self.muted(self._model.get_submodule(path), *args, **kwargs)
+
+    def muted(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with every hook of this run off."""
+        before, self._muted = self._muted, True
         try:
-            with packed.attention_of_its_own():
-                return self._model.get_submodule(path)(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
-            self._muted = False
+            self._muted = before
 
     # --- passes --------------------------------------------------------------------------------------------
 
@@ -100,11 +114,12 @@ class Run:
         rows = [self._rows[group.trace][i] for i in group.invokes]
         for each in group.passes:
             if len(rows) == 1:
-                self._forward(each, inputs.alone(self._model, rows[0]), WholeView)
+                alone = Around.alone(group.invokes[0], rows[0])
+                self._forward(each, inputs.alone(self._model, rows[0]), alone)
                 continue
             arguments, segments = inputs.packed(self._model, rows)
             with packed.attention_by_segment(self._model, segments):
-                self._forward(each, arguments, packed_view(dict(enumerate(segments))))
+                self._forward(each, arguments, Around.packed(group.invokes, segments))
 
     def _generate(self, group: Group, options: Generation) -> None:
         """Decode until every invoke has ended, or nothing more is wanted."""
@@ -120,8 +135,11 @@ class Run:
             each = passes.pop(step, Pass(step, ()))
             with decoding.step() as (arguments, segments):
                 live = [group.invokes[i] for i in decoding.live]
-                view = WholeView if segments is None else packed_view(dict(zip(live, segments, strict=True)))
-                output = self._forward(each, arguments, view)
+                if segments is None:
+                    around = Around.alone(live[0], rows[decoding.live[0]], keeps=True)
+                else:
+                    around = Around.packed(live, segments, keeps=True)
+                output = self._forward(each, arguments, around)
             if output is None:  # stopped after the last site that anything needs
                 break
             chosen = decoding.advance(output, segments)
@@ -139,13 +157,13 @@ class Run:
             tokens = {group.invokes[i]: ids.tolist() for i, ids in chosen.items()}
             self._notify("token", {"trace": group.trace, "step": step, "ids": tokens})
 
-    def _forward(self, each: Pass, arguments: Any, view: Callable[[Any], View]) -> Any:
+    def _forward(self, each: Pass, arguments: Any, around: Around) -> Any:
         """Run the model once with the pass's events; its output, or None where it was stopped early."""
         done: set[int] = set()
-        handles = self._hook(each.events, view, done)
+        handles = self._hook(each.events, around, done)
         output = None
         try:
-            with self._watched(each.events, view, done):
+            with self._watched(each.events, around.view, done):
                 output = self._call(arguments)
         except _StopPassError:
             pass
@@ -182,14 +200,25 @@ class Run:
         if self._cancelled is not None and self._cancelled.is_set():
             raise JobCancelledError("the job was cancelled while it ran")
 
-    def _hook(self, events: Sequence[Event], view: Callable[[Any], View], done: set[int]) -> list[Any]:
+    def _hook(self, events: Sequence[Event], around: Around, done: set[int]) -> list[Any]:
         by_module: dict[str, dict[tuple[str, int], Event]] = {}
         for event in events:
             if event.kind not in INSIDE:
                 by_module.setdefault(event.module, {})[event.kind, event.call] = event
-        handles = []
+        view, counts = around.view, defaultdict[str, Counter[str]](Counter)
+
+        def pass_over(inside: frozenset[tuple[str, int]]) -> None:
+            """Calls that do not happen: they count, and their events are those of invokes that have ended."""
+            for path, _ in inside:
+                counts[path].update(("input", "output", "call"))
+            for event in events:
+                if (event.module, event.call) in inside:
+                    self._carry_out(event.instructions, None)
+                    done.add(id(event))
+
+        handles = skips.install(self, self._model, events, around, counts, pass_over)
         for path, own in by_module.items():
-            module, calls = self._model.get_submodule(path), Counter[str]()
+            module, calls = self._model.get_submodule(path), counts[path]
 
             def before(
                 _: Any,
@@ -255,8 +284,9 @@ class Run:
         try:
             for instruction in instructions:
                 if self._ended and self._is_missing(instruction):
-                    if isinstance(instruction, Call | Get):
-                        slots[instruction.out] = _MISSING
+                    out = getattr(instruction, "out", None)
+                    if out is not None:
+                        slots[out] = _MISSING
                     continue
                 if type(instruction) is Call:
                     if instruction.build is None:
@@ -275,6 +305,8 @@ class Run:
                     view.set(instruction.site, instruction.build(slots), instruction.copied)
                 elif type(instruction) is Save:
                     self._save(instruction)
+                elif isinstance(instruction, Act):
+                    instruction.carry_out(slots, view, self)
                 for slot in instruction.frees:
                     slots[slot] = None
         except PellucidError as error:
@@ -289,7 +321,7 @@ class Run:
         """Whether an instruction belongs to a step that never ran; where that step had to run, an error."""
         flat, position = self._plan.flat, instruction.node
         node, optional = flat.nodes[position], position in flat.optional
-        if node.op in (GET, SET) and node.site.kind != RESULT:
+        if node.at is not None and node.site.kind != RESULT:
             had = self._ended.get((node.region, node.site.invoke))
             if had is not None and node.site.step >= had:
                 if not optional:
@@ -319,11 +351,6 @@ class Run:
         given = f" on {', '.join(met)}" if met else ""
         origin = self._plan.flat.origin[instruction.node]
         return ExecutionError(f"{name} failed{given}: {_reason(error)}", node=origin)
-
-
-def packed_view(segments: Mapping[int, Segment | slice]) -> Callable[[Any], View]:
-    privates = Privates()
-    return lambda value: PackedView(value, segments, privates)
 
 
 def _taken(value: Any, shared: bool) -> Any:

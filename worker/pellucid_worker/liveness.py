@@ -1,21 +1,21 @@
-"""Which nodes of a graph matter: those a save needs, by value, by storage, or by way of the model."""
+"""Which nodes matter: those a save or a log needs, by value, by storage, or by way of the model."""
 
 from __future__ import annotations
 
 from pellucid_shared.flat import Flat
-from pellucid_shared.graph import APPLY, GET, SAVE, SET
+from pellucid_shared.graph import APPLY, GET, LOG, ORIGINAL, SAVE, SET, SKIP
 from pellucid_shared.storage import Root, Timeline
 
 
 def needed_nodes(flat: Flat, timeline: Timeline) -> set[int]:
-    """Positions of the nodes that any save depends on.
+    """Positions of the nodes that any save or log depends on.
 
     An in-place op is needed where a needed value may lie in the storage it overwrites. A write to the model
-    (a replacement, or an in-place op on a site's tensor) is needed where the same invoke of the same trace
-    reads a site then or later.
+    (a replacement, an in-place op on a site's tensor, or a skip) is needed where the same invoke of the same
+    trace reads a site then or later.
     """
     needed: set[int] = set()
-    stack = [i for i, node in enumerate(flat.nodes) if node.op == SAVE]
+    stack = [i for i, node in enumerate(flat.nodes) if node.op in (SAVE, LOG)]
     roots: set[Root] = set()
     reads: dict[tuple[int, int], int] = {}  # (trace, invoke) -> the last clock position at which it reads
     while stack:
@@ -27,7 +27,7 @@ def needed_nodes(flat: Flat, timeline: Timeline) -> set[int]:
             node = flat.nodes[position]
             stack.extend(node.refs())
             roots |= timeline.roots[position]
-            if node.op == GET:
+            if node.op in (GET, ORIGINAL):
                 invoke, when = (node.region, node.site.invoke), timeline.ready[position]
                 reads[invoke] = max(when, reads.get(invoke, -1))
         for position in range(len(flat.nodes)):
@@ -40,7 +40,7 @@ def _matters(
     flat: Flat, timeline: Timeline, position: int, roots: set[Root], reads: dict[tuple[int, int], int]
 ) -> bool:
     node, when = flat.nodes[position], timeline.ready[position]
-    if node.op == SET:
+    if node.op in (SET, SKIP):
         return when <= reads.get((node.region, node.site.invoke), -1)
     written = timeline.effects[position]
     if node.op in (GET, APPLY, SAVE) or not written:

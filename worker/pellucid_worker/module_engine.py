@@ -21,10 +21,11 @@ from pellucid_shared.values import TensorRef, substitute
 
 from .compile import compile_graph
 from .emit import Runtime
-from .interleave import Run, packed_view
+from .interleave import Run
 from .module_probe import Feed, module_card, tree_card
 from .plan import Group
-from .sites import WholeView
+from .sites import WholeView, packed_view
+from .skips import Around
 from .tensors import from_wire
 
 
@@ -107,14 +108,16 @@ class _ModuleRun(Run):
         feeds: list[Any] = [self._rows[group.trace][i] for i in group.invokes]
         for each in group.passes:
             if len(feeds) == 1:
-                self._forward(each, feeds[0], WholeView)
+                size = feeds[0].batch, feeds[0].tokens
+                self._forward(each, feeds[0], Around(WholeView, group.invokes, None, size, False))
                 continue
             together = feeds[0]
             for feed in feeds[1:]:
                 together = together + feed
             bounds = pairwise(accumulate((feed.batch for feed in feeds), initial=0))
             slices = {i: slice(*pair) for i, pair in zip(group.invokes, bounds, strict=True)}
-            self._forward(each, together, packed_view(slices))
+            size = together.batch, together.tokens
+            self._forward(each, together, Around(packed_view(slices), group.invokes, None, size, False))
 
     def _call(self, arguments: Any) -> Any:
         return arguments.call(self._model)

@@ -77,7 +77,20 @@ class Save:
     frees: tuple[int, ...] = ()
 
 
-Instruction = Call | Get | Set | Save
+@dataclass(frozen=True, slots=True)
+class Act:
+    """An instruction that says itself how it is carried out: those of ``acts.py``."""
+
+    node: int
+    reads: tuple[int, ...]
+    frees: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def carry_out(self, slots: Slots, view: Any, run: Any) -> None:
+        """Do it. ``view`` is that of the event's site; ``run`` is the ``Run`` it is part of."""
+        raise NotImplementedError
+
+
+Instruction = Call | Get | Set | Save | Act
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,10 @@ def modules_of(model: torch.nn.Module) -> list[ModuleInfo]:
                 name: TensorLeaf(shape=tuple(p.shape), dtype=dtype_name(p.dtype))
                 for name, p in module.named_parameters(recurse=False)
             },
+            buffers={
+                name: TensorLeaf(shape=tuple(b.shape), dtype=dtype_name(b.dtype))
+                for name, b in module.named_buffers(recurse=False)
+            },
         )
         for path, module in model.named_modules()
     ]

@@ -20,6 +20,7 @@ from .engine import Engine
 from .heart import Heart, Hold, Reason
 from .jobs import Claim, Jobs, Release
 from .store import Store
+from .telling import Telling
 from .tensors import structure_to_wire
 
 #: How often a job that waits its turn looks whether it should end.
@@ -88,7 +89,8 @@ class Runner:
         with self._in_turn(hold):
             log.info("job %s runs, attempt %d", claim.job, claim.attempt)
             literals = self._literals(claim.job, graph)  # in turn: those of one job in memory at a time
-            saved = self._engine.run(graph, work.inputs, literals, cancelled=hold.ended)
+            telling = Telling(self._jobs, claim)
+            saved = self._engine.run(graph, work.inputs, literals, cancelled=hold.ended, notify=telling)
         data = pack(structure_to_wire(saved))
         key = keyspace.result(claim.job, claim.attempt)
         self._store.put(key, data)

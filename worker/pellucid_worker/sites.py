@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -138,6 +138,12 @@ class PackedView:
                 part(new, self._segments[invoke]).copy_(value)
                 own[invoke] = value.clone() if self._copied[path, invoke] else value
             self.value = with_member(self.value, path, new)
+
+
+def packed_view(segments: Mapping[int, Segment | slice]) -> Callable[[Any], View]:
+    """How a pass that several invokes share sees the tensors of its events."""
+    privates = Privates()
+    return lambda value: PackedView(value, segments, privates)
 
 
 def part(whole: torch.Tensor, segment: Segment | slice) -> torch.Tensor:
