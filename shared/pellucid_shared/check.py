@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .apply import infer_apply
+from .backward import check_gradient, pass_cost
 from .card import ModelCard, OpaqueLeaf, PlainLeaf, TensorLeaf, leaf_at, leaves
 from .errors import (
     GraphError,
@@ -21,7 +22,7 @@ from .errors import (
     did_you_mean,
 )
 from .flat import Flat, flatten, split
-from .graph import APPEND, APPLY, GET, LIST, SAVE, SET, Graph, Node
+from .graph import APPEND, APPLY, BACKWARD, GET, GRADIENT_OPS, LIST, SAVE, SET, Graph, Node
 from .ops import Cost, lookup
 from .regions import Trace
 from .specs import DTYPES, Dim, Spec, TensorSpec, is_floating, same_size
@@ -80,6 +81,7 @@ def check_flat(
     specs: list[Spec] = []
     bounds: list[dict[str, Any] | None] = []
     flops = size = 0
+    by_trace: dict[int, Cost] = {}  # of the ops alone
     for position, node in enumerate(flat.nodes):
         try:
             spec, bound, cost = check_node(node, specs, card, scenes[node.region], tensors)
@@ -89,6 +91,11 @@ def check_flat(
             raise
         specs.append(spec)
         bounds.append(bound)
+        if node.op == BACKWARD:
+            cost = pass_cost(by_trace, node.region)
+        else:
+            own = by_trace.get(node.region, Cost(0, 0))
+            by_trace[node.region] = Cost(own.flops + cost.flops, own.bytes + cost.bytes)
         flops, size = flops + cost.flops, size + cost.bytes
     return Checked(flat, tuple(specs), tuple(bounds), timeline(flat, card, bounds), Cost(flops, size))
 
@@ -121,14 +128,17 @@ def check_node(
     kwargs = {k: substitute(v, resolve) for k, v in node.kwargs.items()}
     if node.op == SAVE:
         return None, None, Cost(0, _nbytes(args[0]))
+    if node.op in GRADIENT_OPS:
+        spec, cost = check_gradient(node, args, scene.trace)
+        return spec, None, cost
     if node.op in (LIST, APPEND):  # a flat graph has none; while one is written its length is nobody's
         return [], None, Cost(0, 0)
     if node.op == APPLY:
         module = args[0]
         assert isinstance(module, ModuleRef)
         known_module(module.path, card)
-        spec, cost = infer_apply(module.path, args[1:], kwargs, card)
-        return spec, None, cost
+        applied, cost = infer_apply(module.path, args[1:], kwargs, card)
+        return applied, None, cost
     op = lookup(node.op)
     bound = op.bind(args, kwargs)
     result = op.rule(bound)

@@ -1,6 +1,6 @@
 """The intervention graph: nodes in program order, regions, and its one canonical JSON.
 
-A node's id is its position. Six op ids are the graph's own; every other is in the op registry:
+A node's id is its position. Nine op ids are the graph's own; every other is in the op registry:
 
     site.get(site)                      read a tensor where the model makes it
     site.set(site, value)               replace it; yields nothing
@@ -8,6 +8,9 @@ A node's id is its position. Six op ids are the graph's own; every other is in t
     save(value[, "name"])               send a value, or a structure of values, back; yields nothing
     list.new()                          an empty list
     list.append(list, value)            lengthen it, in program order and step by step; yields nothing
+    grad.backward(loss[, gradient])     one backward pass, once the forward passes of its trace have ended
+    grad.get(value, number)             the gradient of a value in a backward pass; passes count from 0
+    grad.set(value, number, gradient)   replace it on its way to what the value was made of
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 
 GET, SET, APPLY, SAVE = "site.get", "site.set", "module.apply", "save"
 LIST, APPEND = "list.new", "list.append"
-CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND)
+BACKWARD, GRAD, SET_GRAD = "grad.backward", "grad.get", "grad.set"
+GRADIENT_OPS = (BACKWARD, GRAD, SET_GRAD)
+CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND, *GRADIENT_OPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,11 +249,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 __all__ = [
     "APPEND",
     "APPLY",
+    "BACKWARD",
     "CORE_OPS",
     "GET",
+    "GRAD",
+    "GRADIENT_OPS",
     "LIST",
     "SAVE",
     "SET",
+    "SET_GRAD",
     "Each",
     "Generation",
     "Graph",

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from .graph import APPEND, APPLY, GET, LIST, SAVE, SET, Each, Graph, Invoke, Node, Trace
+from .graph import (
+    APPEND,
+    APPLY,
+    BACKWARD,
+    GET,
+    GRAD,
+    LIST,
+    SAVE,
+    SET,
+    SET_GRAD,
+    Each,
+    Graph,
+    Invoke,
+    Node,
+    Trace,
+)
 from .regions import GENERATION_OPTIONS, traces
 from .values import Device, DType, ModuleRef, Ref, Site, TensorRef, Value
 
@@ -97,6 +112,12 @@ def _statement(position: int, node: Node, names: dict[int, str]) -> str:
         return f"v{position} = []"
     if node.op == APPEND:
         return f"{_text(node.args[0])}.append({_text(node.args[1])})"
+    if node.op == BACKWARD:
+        return f"{_text(node.args[0])}.backward({', '.join(map(_text, node.args[1:]))})"
+    if node.op == GRAD:
+        return f"v{position} = {_text(node.args[0])}.grad  # backward {node.args[1]}"
+    if node.op == SET_GRAD:
+        return f"{_text(node.args[0])}.grad = {_text(node.args[2])}  # backward {node.args[1]}"
     if node.op == "setitem" and len(node.args) == 3:
         base, index, value = node.args
         return f"{_text(base)}[{_index(index)}] = {_text(value)}; v{position} = {_text(base)}"
