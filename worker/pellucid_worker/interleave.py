@@ -16,8 +16,9 @@ from pellucid_shared.values import RESULT, ModuleRef, Site
 
 from . import inputs, packed
 from .decode import Decoding
+from .gradients import Gradients
 from .inputs import Rows, Segment
-from .plan import Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots
+from .plan import Backward, Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots, Track
 from .sites import PackedView, Privates, ResultView, View, WholeView
 
 
@@ -60,6 +61,7 @@ class Run:
         self._slots: Slots = [None] * plan.slots
         for name, slot in plan.literals.items():
             self._slots[slot] = literals[name]
+        self._gradients = Gradients(plan)
         self._muted = False
         self._ended: dict[tuple[int, int], int] = {}  # (trace, invoke) whose generation ended -> steps it had
         self._results: dict[tuple[int, int], torch.Tensor] = {}
@@ -67,14 +69,11 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Run every pass; what was saved, by name."""
-        self._carry_out(self._plan.before, None)
-        for group in self._plan.groups:
-            trace = self._plan.flat.traces[group.trace]
-            if trace.generation is None:
-                self._run_pass(group)
-            else:
-                self._generate(group, trace.generation)
-            self._carry_out(group.after, ResultView(group.trace, self._results))
+        with self._gradients.recorded(self._model):
+            self._carry_out(self._plan.before, None)
+            for group in self._plan.groups:
+                with self._gradients.of_trace(group.trace):
+                    self._run_group(group)
         return self._saved
 
     def apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +84,14 @@ class Run:
                 return self._model.get_submodule(path)(*args, **kwargs)
         finally:
             self._muted = False
+
+    def _run_group(self, group: Group) -> None:
+        trace = self._plan.flat.traces[group.trace]
+        if trace.generation is None:
+            self._run_pass(group)
+        else:
+            self._generate(group, trace.generation)
+        self._carry_out(group.after, ResultView(group.trace, self._results))
 
     # --- passes --------------------------------------------------------------------------------------------
 
@@ -238,6 +245,12 @@ class Run:
                     view.set(instruction.site, instruction.build(slots), instruction.copied)
                 elif type(instruction) is Save:
                     self._save(instruction)
+                elif type(instruction) is Track:
+                    slots[instruction.slot] = self._gradients.track(
+                        instruction, slots[instruction.slot], view
+                    )
+                elif type(instruction) is Backward:
+                    self._gradients.run(instruction, slots, self._carry_out)
                 for slot in instruction.frees:
                     slots[slot] = None
         except PellucidError as error:
