@@ -9,7 +9,6 @@ from pellucid_shared.errors import NotYetError
 
 from ._lines import users_line
 
-_NO_GRADIENTS = "gradients; this version reads and writes values only"
 _NO_FLOW = "control flow on values; use torch.where(condition, a, b)"
 _LANGUAGE_MODELS = "this version has LanguageModel, for causal language models"
 
@@ -37,15 +36,9 @@ MODEL = {
 MODULE = {
     "source": "values inside a module; .input and .output of modules can be read and written",
     "skip": "leaving a module out; assign to its .output",
-    "backward_output": _NO_GRADIENTS,
-    "backward_input": _NO_GRADIENTS,
 }
 VALUE = {
-    "grad": _NO_GRADIENTS,
-    "backward": _NO_GRADIENTS,
-    "requires_grad_": _NO_GRADIENTS,
-    "retain_grad": _NO_GRADIENTS,
-    "register_hook": _NO_GRADIENTS,
+    "register_hook": "functions over gradients; read .grad, and assign to it",
     "token": "the token axis counted from the prompt; index that axis itself: x[:, i]",
     "t[...]": "the token axis counted from the prompt; index that axis itself: x[:, i]",
     "original": "the value before every edit; take .clone() of it before the edit",
@@ -67,7 +60,7 @@ TRACER = {
 }
 SESSION = {
     "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",
-    "parameter": _NO_GRADIENTS,
+    "parameter": "training on the server; gradients of values can be read and written: h.grad",
     "log": TRACER["log"],
 }
 JOB = dict.fromkeys(

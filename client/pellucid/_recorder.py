@@ -19,7 +19,7 @@ from pellucid_shared.card import ModelCard
 from pellucid_shared.check import Scene, check_flat, check_node, require_room
 from pellucid_shared.errors import InputError, PellucidError, RecordingError, ValueNotReadyError
 from pellucid_shared.flat import Flat, flatten
-from pellucid_shared.graph import GET, SET, Each, Generation, Graph, Invoke, Node, Trace
+from pellucid_shared.graph import GET, GRAD, SET, Each, Generation, Graph, Invoke, Node, Trace
 from pellucid_shared.lint import lint
 from pellucid_shared.ops import Alias, Cost, lookup
 from pellucid_shared.packing import WireTensor, digest
@@ -80,9 +80,12 @@ class Recorder:
         saved: position of each ``save`` node -> the user's value or structure.
         adopted: the user's own tensors that were written with values.
         last_set: position of the last ``site.set`` of each site.
+        last_grad_set: position of the last ``grad.set`` of each (node, backward pass).
+        backward: number of the backward pass whose block is being written, or None outside one.
         unread: structures of each (trace, module, kind, invoke, step) whose members may not be read yet.
         save_names: name of each saved value -> position of its ``save`` node.
         session: the session it belongs to, or None.
+        tracks: whether gradients passed what was written when recording began.
         lost: nodes that were saved in a step the generation did not reach.
     """
 
@@ -101,10 +104,16 @@ class Recorder:
         self.saved: dict[int, Any] = {}
         self.adopted: list[Any] = []
         self.last_set: dict[tuple[int, Site], int] = {}
+        self.last_grad_set: dict[tuple[int, int], int] = {}
+        self.backward: int | None = None
         self.unread: dict[tuple[Any, ...], weakref.WeakSet[Any]] = {}
         self.save_names: dict[str, int] = {}
         self.session: Session | None = None
+        self.tracks = True
         self.lost: set[int] = set()
+        self._backwards: list[
+            tuple[int, int | None, int]
+        ] = []  # per backward pass its trace, invoke, and node
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []
         self._bounds: list[dict[str, Any] | None] = []
@@ -268,6 +277,30 @@ class Recorder:
         self._specs.append(spec)
         self._bounds.append(bound)
         return len(self.nodes) - 1
+
+    def count_backward(self) -> int:
+        """The number of the backward pass whose node was just added."""
+        trace = self._trace_region(self.nodes[-1].region)
+        self._backwards.append((trace, self.invoke, len(self.nodes) - 1))
+        return len(self._backwards) - 1
+
+    def backward_of(self, value: int) -> int:
+        """The number of the backward pass that ``.grad`` of a node means here: that of the block it is in;
+        else the last one written in this trace, unless that was in the body of another invoke and before the
+        value; else the next."""
+        if self.backward is not None:
+            return self.backward
+        count = len(self._backwards)
+        if not count:
+            return 0
+        trace, invoke, node = self._backwards[-1]
+        here = self._trace_region(self._last_trace() if self.region is None else self.region)
+        elsewhere = invoke != self.invoke and value > node
+        return count if trace != here or elsewhere else count - 1
+
+    def _trace_region(self, region: int) -> int:
+        found = self.regions[region]
+        return found.parent if isinstance(found, Each) else region
 
     def add_literal(self, tensor: WireTensor) -> TensorRef:
         """Name a tensor of the user's; the same bytes are sent once."""
@@ -485,6 +518,8 @@ class Recorder:
         """Where a value comes from: its site, or its op."""
         made = self.nodes[node]
         first = made.args[0] if made.args else None
+        if made.op == GRAD:
+            return f"{self.describe(made.args[0].node)}.grad"
         return str(first) if isinstance(first, Site) else made.op
 
     def show_spec(self, node: int) -> str:
