@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pellucid
 from experiments import at
@@ -585,6 +587,52 @@ def test_a_gradient_is_changed_by_later_ones_and_by_values(llama: Any, plain_lla
     close(kept, tape.grads["b"].norm())
 
 
+def test_an_edit_of_one_gradient_is_not_that_of_its_neighbour(llama: Any, plain_llama: Any) -> None:
+    """torch hands one tensor to both sides of a sum."""
+    with llama.trace(IDS):
+        h = llama.layers[0].output
+        a, b = h * 1, h * 2
+        (a + b).pow(2).sum().backward()
+        a.grad *= 5
+        saved = [v.grad.save() for v in (a, b, h)]
+    h = taped(plain_llama, IDS, {"h": "model.layers.0.output"})["h"]
+    step = 2 * (h * 3)
+    for found, wanted in zip(saved, (step * 5, step, step * 5 + step * 2), strict=True):
+        close(found, wanted)
+
+
+def test_a_buffer_is_read_and_filled_as_gradients_come(llama: Any, plain_llama: Any) -> None:
+    """A read that the program has before an edit is done before it, whichever of the two torch waits for."""
+    with llama.trace(IDS):
+        early, late = llama.layers[0].output, llama.layers[1].output
+        llama.lm_head.output[:, -1].sum().backward()
+        buffer = torch.ones(2)
+        shown = (buffer * late.grad.norm()).sum().save()
+        buffer[0] = early.grad.norm()
+        early.grad = early.grad * buffer.sum()
+        gradient = llama.layers[0].input.grad.save()
+    tape = Tape()
+    tape.change["early"] = lambda g: g * (g.norm() + 1)
+    sees = {"early": "model.layers.0.output", "late": "model.layers.1.output", "in": "model.layers.0.input"}
+    taped(plain_llama, IDS, sees, tape=tape)["logits"][:, -1].sum().backward()
+    close(shown, 2 * tape.grads["late"].norm())
+    close(gradient, tape.grads["in"])
+
+
+def test_values_of_one_backward_pass_make_the_loss_of_the_next(llama: Any, plain_llama: Any) -> None:
+    with llama.trace(IDS):
+        h, early = llama.layers[1].output, llama.layers[0].output
+        llama.lm_head.output[:, -1].sum().backward()
+        weights = h.grad
+        h.grad *= 2
+        (weights * h).sum().backward()
+        gradient = early.grad.save()
+    tape = taped(plain_llama, IDS, {"early": "model.layers.0.output", "h": "model.layers.1.output"})
+    tape["logits"][:, -1].sum().backward(retain_graph=True)
+    (tape.grads["h"].clone() * 2 * tape["h"]).sum().backward()
+    close(gradient, tape.grads["early"])
+
+
 def test_names_of_gradients_are_names_of_tensors(llama: Any, plain_llama: Any) -> None:
     with llama.trace(IDS):
         h = llama.layers[0].output
@@ -722,6 +770,99 @@ def test_attribution_patching(model: Any, plain: Any, name: str) -> None:
     (tape["logits"][0, -1, 7] - tape["logits"][0, -1, 3]).backward()
     for path, estimate in zip(paths, found, strict=True):
         close(estimate, ((base[path] - tape[path]) * tape.grads[path]).sum(-1))
+
+
+# --- any program -------------------------------------------------------------------------------------------
+
+_UNARY: list[Callable[[Any], Any]] = [lambda x: x.tanh(), lambda x: x.exp(), lambda x: x * 0.7 + 1]
+_BINARY: list[Callable[[Any, Any], Any]] = [lambda a, b: a + b, lambda a, b: a * b]
+_EDITS: list[Callable[[Any], Any]] = [
+    lambda h: h[:, -1].mul_(2),
+    lambda h: h.__setitem__((..., slice(0, 3)), 0.5),
+    lambda h: h.mul_(h.mean()),
+]
+_INDEX = st.integers(0, 9)
+_STEP = st.one_of(
+    st.tuples(st.just("unary"), st.sampled_from(_UNARY), _INDEX),
+    st.tuples(st.just("binary"), st.sampled_from(_BINARY), _INDEX, _INDEX),
+    st.tuples(st.just("edit"), st.sampled_from(_EDITS)),
+    st.tuples(st.just("replace"), st.floats(-1, 1)),
+    st.tuples(st.just("change"), st.floats(-1, 1), _INDEX),
+)
+
+
+class Program:
+    """The same lines for a trace and for plain hooks.
+
+    Attributes:
+        values: what was read and made, in order.
+        changes: position of a value -> what its gradient is multiplied by on its way.
+    """
+
+    def __init__(self, kept: Callable[[int, Any], Any] = lambda index, value: value) -> None:
+        self._kept = kept
+        self.values: list[Any] = []
+        self.changes: dict[int, float] = {}
+
+    def keep(self, value: Any) -> Any:
+        self.values.append(self._kept(len(self.values), value))
+        return self.values[-1]
+
+    def at_site(self, h: Any, steps: list[tuple[Any, ...]]) -> Any:
+        """What happens at a site with the tensor ``h``; what the model goes on with."""
+        h = self.keep(h)
+        for what, how, *rest in steps:
+            operands = [self.values[index % len(self.values)] for index in rest]
+            if what in ("unary", "binary"):
+                self.keep(how(*operands))
+            elif what == "edit":
+                how(h)
+            elif what == "replace":
+                h = self.keep(h * how + 1)
+            else:
+                self.changes[rest[0] % len(self.values)] = how
+        return h
+
+    def loss(self, end: Any) -> Any:
+        return sum((value.tanh().mean() for value in self.values), end.pow(2).mean())
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    steps=st.tuples(st.lists(_STEP, max_size=5), st.lists(_STEP, max_size=5)),
+    several=st.booleans(),
+)
+def test_random_programs(
+    models: Any, tiny_models: Any, steps: tuple[list[Any], list[Any]], several: bool
+) -> None:
+    """The gradient of every value, some changed on their way, is that of the same lines in plain hooks."""
+    model, plain = models["llama"], tiny_models["llama"]
+    prompts = PROMPTS[:2] if several else [IDS]
+    found = []
+    with model.trace() as tracer:
+        for ids in prompts:
+            with tracer.invoke(ids):
+                program = Program()
+                for number in (0, 1):
+                    model.layers[number].output = program.at_site(model.layers[number].output, steps[number])
+                with program.loss(model.lm_head.output).backward():
+                    for index, factor in program.changes.items():
+                        program.values[index].grad *= factor
+                    found.append([value.grad.save() for value in program.values])
+    for ids, grads in zip(prompts, found, strict=True):
+        tape = Tape()
+        wanted = Program(lambda index, value, tape=tape: tape.see(str(index), value))  # type: ignore[misc]
+        edits = {
+            f"model.layers.{number}": lambda h, number=number, w=wanted: w.at_site(h.clone(), steps[number])
+            for number in (0, 1)
+        }
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            taped(plain, ids, {}, edits, tape)
+            for index, factor in wanted.changes.items():
+                tape.change[str(index)] = lambda g, factor=factor: g * factor  # type: ignore[misc]
+            wanted.loss(tape["logits"]).backward()
+        for index, gradient in enumerate(grads):
+            close(gradient, tape.grads[str(index)])
 
 
 # --- what is run, and what stays ---------------------------------------------------------------------------

@@ -81,9 +81,6 @@ class Gradients:
             if not instruction.watched:
                 return tensor
             edge = _edge(tensor)
-            if edge in self._hooks and instruction.site is None:  # an op gave back what it took
-                tensor = tensor.view_as(tensor)
-                edge = _edge(tensor)
             if edge not in self._hooks:
                 hook = functools.partial(self._arrive, edge)
                 self._hooks[edge] = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
