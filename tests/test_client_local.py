@@ -201,7 +201,11 @@ def test_every_mistake_names_what_was_asked_what_was_found_and_the_line(model: A
     fails(RecordingError, "use torch.where", lambda: bool(head.output.sum() > 0))
     fails(RecordingError, r"float\(\) is known only to the run", lambda: float(head.output.sum()))
     fails(RecordingError, r"use torch.stack\(\[...\]\)", lambda: torch.tensor([head.output.sum()]))
-    fails(NotYetError, ".grad of a value is not in .*: gradients", lambda: head.output.grad)
+    fails(
+        NotYetError,
+        ".register_hook of a value is not in .*: functions over gradients",
+        lambda: head.output.register_hook(print),
+    )
     fails(ShapeError, "tuple cannot be joined", lambda: (1,) + layers[0].output[1:])  # noqa: RUF005
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pellucid_shared.errors import OpArgumentError, RecordingError, UnknownOpError, did_you_mean, nearest
-from pellucid_shared.ops import Alias, Kind, Op, Param, all_ops
+from pellucid_shared.ops import Alias, Kind, Op, Param, all_ops, lookup
 from pellucid_shared.packing import WireTensor
 from pellucid_shared.specs import DTYPE_ALIASES, DTYPES, TensorSpec
 from pellucid_shared.values import Device, DType, Ref
@@ -18,7 +18,7 @@ from ._backend import backend
 from ._lines import users_line
 from ._recorder import Recorder, active
 from ._sizes import Size
-from ._structure import DictValue, Unread, named_tuple
+from ._structure import DictValue, TupleValue, Unread, named_tuple
 from ._value import Value
 
 #: The longest index tensor of the user's that is written as a list.
@@ -94,7 +94,23 @@ def call(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if recorder.whole is not None:
             recorder.whole.edited(target)
         return target
-    return value_of(recorder, recorder.add(op.id, *canonical(op, given, recorder)), op.fields)
+    value = value_of(recorder, recorder.add(op.id, *canonical(op, given, recorder)), op.fields)
+    return as_tracked(recorder, value)
+
+
+def as_tracked(recorder: Recorder, value: Any) -> Any:
+    """A new value as it is where it was written: under ``torch.no_grad()`` gradients do not pass it."""
+    if not recorder.tracks or backend().tracks():
+        return value
+    if isinstance(value, Value):
+        if not value.is_floating_point():
+            return value
+        return value_of(recorder, recorder.add(lookup("torch.detach").id, (value.ref(recorder),)))
+    if isinstance(value, TupleValue):
+        return named_tuple([as_tracked(recorder, member) for member in value], value._fields)
+    if isinstance(value, DictValue):
+        return DictValue((k, as_tracked(recorder, member)) for k, member in value.items())
+    return value
 
 
 def value_of(recorder: Recorder, node: int, fields: Sequence[str] = ()) -> Any:

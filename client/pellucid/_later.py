@@ -9,7 +9,6 @@ from pellucid_shared.errors import NotYetError
 
 from ._lines import users_line
 
-_NO_GRADIENTS = "gradients; this version reads and writes values only"
 _NO_FLOW = "control flow on values; use torch.where(condition, a, b)"
 _LANGUAGE_MODELS = (
     "this version has LanguageModel, for causal language models, and Model, for any torch module"
@@ -28,16 +27,8 @@ MODEL = {
     "sweep": "one experiment over many settings; loop over traces, or give trace several invokes",
     "std": "standard names of modules; print(model) shows the model's",
 }
-MODULE = {
-    "backward_output": _NO_GRADIENTS,
-    "backward_input": _NO_GRADIENTS,
-}
 VALUE = {
-    "grad": _NO_GRADIENTS,
-    "backward": _NO_GRADIENTS,
-    "requires_grad_": _NO_GRADIENTS,
-    "retain_grad": _NO_GRADIENTS,
-    "register_hook": _NO_GRADIENTS,
+    "register_hook": "functions over gradients; read .grad, and assign to it",
 }
 TRACER = {
     "output": "the output kept without save; write model.output.save()",
@@ -48,7 +39,7 @@ TRACER = {
 }
 SESSION = {
     "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",
-    "parameter": _NO_GRADIENTS,
+    "parameter": "training on the server; gradients of values can be read and written: h.grad",
 }
 TRACE_OPTIONS = {
     "exclusive": "a run of one's own; the pass is shared only with the trace's own invokes",

@@ -9,6 +9,7 @@ from pellucid_shared.errors import ShapeError
 from pellucid_shared.ops import lookup
 
 from ._call import call, graph_value, method, plain_index, spelled
+from ._grad import Differentiable
 from ._later import VALUE, refuse
 from ._lines import users_line
 from ._save import save
@@ -48,7 +49,7 @@ INPLACE = {
 }
 
 
-class Operators(Value):
+class Operators(Differentiable):
     """A value with Python's syntax on it."""
 
     __slots__ = ()

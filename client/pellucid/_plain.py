@@ -109,6 +109,9 @@ class PlainBackend:
     def release(self, recorder: Recorder) -> None:
         """Nothing is ever adopted."""
 
+    def tracks(self) -> bool:
+        return True
+
     def recording(self, recorder: Recorder) -> AbstractContextManager[None]:
         if "einops" in sys.modules:
             from . import _einops  # noqa: F401 (einops finds the backend by its base class)

@@ -19,7 +19,7 @@ from pellucid_shared.card import ModelCard
 from pellucid_shared.check import Scene, Size, check_flat, check_node, require_room
 from pellucid_shared.errors import InputError, PellucidError, RecordingError, ValueNotReadyError
 from pellucid_shared.flat import Flat, flatten
-from pellucid_shared.graph import GET, LOG, Each, Generation, Graph, Invoke, Node, Trace
+from pellucid_shared.graph import GET, GRAD, LOG, Each, Generation, Graph, Invoke, Node, Trace
 from pellucid_shared.lint import lint
 from pellucid_shared.ops import Alias, Cost, lookup
 from pellucid_shared.packing import WireTensor, digest
@@ -88,10 +88,13 @@ class Recorder:
         saved: position of each ``save`` node -> the user's value or structure.
         adopted: the user's own tensors that were written with values.
         last_set: position of the last ``site.set`` of each site.
+        last_grad_set: position of the last ``grad.set`` of each (node, backward pass).
+        backward: number of the backward pass whose block is being written, or None outside one.
         unread: structures of each (trace, module, kind, invoke, step) whose members may not be read yet.
         save_names: name of each saved value -> position of its ``save`` node.
         session: the session it belongs to, or None.
         skimmed: the user's line that went through all steps of a loop and wrote nothing in any, or None.
+        tracks: whether gradients passed what was written when recording began.
         lost: nodes that were saved in a step the generation did not reach.
         endings: what is still to be read when the body that is being written ends.
         tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
@@ -114,6 +117,8 @@ class Recorder:
         self.saved: dict[int, Any] = {}
         self.adopted: list[Any] = []
         self.last_set: dict[tuple[int, Site], int] = {}
+        self.last_grad_set: dict[tuple[int, int], int] = {}
+        self.backward: int | None = None
         self.unread: dict[tuple[Any, ...], weakref.WeakSet[Any]] = {}
         self.save_names: dict[str, int] = {}
         self.session: Session | None = None
@@ -123,6 +128,8 @@ class Recorder:
         self.tuple_outputs = False
         self.edits: tuple[Edit, ...] = ()
         self.whole: WholeBatch | None = None
+        self.tracks = True
+        self._backwards: list[tuple[int, int | None, int]] = []  # per pass its trace, invoke and node
         self._literal_specs: dict[str, TensorSpec] = {}
         self._specs: list[Spec] = []
         self._bounds: list[dict[str, Any] | None] = []
@@ -290,6 +297,30 @@ class Recorder:
         self._specs.append(spec)
         self._bounds.append(bound)
         return len(self.nodes) - 1
+
+    def count_backward(self) -> int:
+        """The number of the backward pass whose node was just added."""
+        trace = self._trace_region(self.nodes[-1].region)
+        self._backwards.append((trace, self.invoke, len(self.nodes) - 1))
+        return len(self._backwards) - 1
+
+    def backward_of(self, value: int) -> int:
+        """The number of the backward pass that ``.grad`` of a node means here: that of the block it is in;
+        else the last one written in this trace, unless that was in the body of another invoke and before the
+        value; else the next."""
+        if self.backward is not None:
+            return self.backward
+        count = len(self._backwards)
+        if not count:
+            return 0
+        trace, invoke, node = self._backwards[-1]
+        here = self._trace_region(self._last_trace() if self.region is None else self.region)
+        elsewhere = invoke != self.invoke and value > node
+        return count if trace != here or elsewhere else count - 1
+
+    def _trace_region(self, region: int) -> int:
+        found = self.regions[region]
+        return found.parent if isinstance(found, Each) else region
 
     def add_literal(self, tensor: WireTensor) -> TensorRef:
         """Name a tensor of the user's; the same bytes are sent once."""
@@ -574,6 +605,8 @@ class Recorder:
             return f"{site} of the whole batch"
         made = self.nodes[node]
         first = made.args[0] if made.args else None
+        if made.op == GRAD:
+            return f"{self.describe(made.args[0].node)}.grad"
         return str(first) if isinstance(first, Site) else made.op
 
     def show_spec(self, node: int) -> str:

@@ -42,6 +42,7 @@ class Run:
         """
         self._token = enter(self.recorder)
         try:
+            self.recorder.tracks = backend().tracks()
             self._mode = backend().recording(self.recorder)
             self._mode.__enter__()
         except BaseException:

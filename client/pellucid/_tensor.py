@@ -169,6 +169,9 @@ class TorchBackend:
                 del value._adopted
                 _forget(value)
 
+    def tracks(self) -> bool:
+        return torch.is_grad_enabled()
+
     def recording(self, recorder: Recorder) -> RecordingMode:
         return RecordingMode()
 

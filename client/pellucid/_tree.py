@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pellucid_shared.card import ModelCard, ModuleInfo
 from pellucid_shared.errors import (
+    GradientError,
     IndexOutOfRangeError,
     PellucidError,
     RecordingError,
@@ -18,19 +19,22 @@ from pellucid_shared.graph import APPLY
 from pellucid_shared.values import ModuleRef
 
 from . import _passing, _sites, compat
-from ._call import graph_value, value_of
+from ._call import as_tracked, graph_value, value_of
 from ._calls import Calls
-from ._later import MODEL, MODULE, refuse
+from ._later import MODEL, refuse
 from ._lines import users_line
 from ._names import Names, look_up
 from ._recorder import Recorder, active
 from ._source import Source
 from ._steps import Steps, StepsBody, advance
+from ._value import Value
 
 if TYPE_CHECKING:
     from ._model import LanguageModel
 
 _LISTS = ("ModuleList", "Sequential")
+#: What of a module can be assigned.
+_SITES = ("output", "input", "inputs", "backward_output", "backward_input")
 
 
 class Module:
@@ -120,6 +124,38 @@ class Module:
         """The calls of torch functions that the module makes itself: ``source.softmax_0.output``."""
         return Source(self)
 
+    @property
+    def backward_output(self) -> Any:
+        """The gradient at the module's output: ``.output.grad``. Assign to replace it.
+
+        Raises:
+            GradientError: the module returns a structure; its members have gradients.
+        """
+        return self._one(self.output, "output").grad
+
+    @backward_output.setter
+    def backward_output(self, value: Any) -> None:
+        self._one(self.output, "output").grad = value
+
+    @property
+    def backward_input(self) -> Any:
+        """The gradient at the first argument: ``.input.grad``. Assign to replace it."""
+        return self._one(self.input, "input").grad
+
+    @backward_input.setter
+    def backward_input(self, value: Any) -> None:
+        self._one(self.input, "input").grad = value
+
+    def _one(self, found: Any, kind: str) -> Any:
+        """A site that is one tensor, which has a gradient."""
+        if isinstance(found, Value):
+            return found
+        raise GradientError(
+            f"{self.path or 'model'}.{kind} is no single tensor; a member of it has a gradient, such as "
+            f"{self.path or 'model'}.{kind}[0].grad: {found!r}",
+            where=users_line(),
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the module to a value, at any point and out of order: ``model.lm_head(model.model.norm(h))``.
 
@@ -130,7 +166,8 @@ class Module:
         recorder = self._recorder()
         given = [graph_value(v, recorder) for v in args]
         named = {k: graph_value(v, recorder) for k, v in kwargs.items()}
-        return value_of(recorder, recorder.add(APPLY, (ModuleRef(self.path), *given), named))
+        value = value_of(recorder, recorder.add(APPLY, (ModuleRef(self.path), *given), named))
+        return as_tracked(recorder, value)
 
     def next(self, steps: int = 1) -> Module:
         """This module, whose sites name the next step of the generation from here on in the invoke.
@@ -236,10 +273,9 @@ class Module:
     def _refuse_what_is_to_come(self, name: str) -> None:
         spelling = f"{self.path or 'model'}.{name}"
         refuse({} if self.path else MODEL, name, spelling)
-        refuse(MODULE, name, spelling)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("output", "input", "inputs") or name.startswith("_"):
+        if name in _SITES or name.startswith("_"):
             object.__setattr__(self, name, value)
             return
         raise RecordingError(

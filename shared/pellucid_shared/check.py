@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .apply import infer_apply
+from .backward import check_gradient, pass_cost
 from .card import ModelCard, OpaqueLeaf, PlainLeaf, TensorLeaf, leaves
 from .errors import (
     GraphError,
@@ -21,7 +22,23 @@ from .errors import (
     did_you_mean,
 )
 from .flat import Flat, flatten, split
-from .graph import APPEND, APPLY, GET, LIST, LOG, ORIGINAL, PARAM, SAVE, SET, SKIP, STOP, Graph, Node
+from .graph import (
+    APPEND,
+    APPLY,
+    BACKWARD,
+    GET,
+    GRADIENT_OPS,
+    LIST,
+    LOG,
+    ORIGINAL,
+    PARAM,
+    SAVE,
+    SET,
+    SKIP,
+    STOP,
+    Graph,
+    Node,
+)
 from .ops import Cost, lookup
 from .passing import parameter_spec, require_pass, skipped_parts
 from .regions import Trace
@@ -81,6 +98,7 @@ def check_flat(
     specs: list[Spec] = []
     bounds: list[dict[str, Any] | None] = []
     flops = size = 0
+    by_trace: dict[int, Cost] = {}  # of the ops alone
     for position, node in enumerate(flat.nodes):
         try:
             spec, bound, cost = check_node(node, specs, card, scenes[node.region], tensors)
@@ -90,6 +108,11 @@ def check_flat(
             raise
         specs.append(spec)
         bounds.append(bound)
+        if node.op == BACKWARD:
+            cost = pass_cost(by_trace, node.region)
+        else:
+            own = by_trace.get(node.region, Cost(0, 0))
+            by_trace[node.region] = Cost(own.flops + cost.flops, own.bytes + cost.bytes)
         flops, size = flops + cost.flops, size + cost.bytes
     return Checked(flat, tuple(specs), tuple(bounds), timeline(flat, card, bounds), Cost(flops, size))
 
@@ -134,14 +157,17 @@ def check_node(
         known_module(args[0].path, card)
         weight = parameter_spec(args[0].path, args[1], card)
         return weight, None, Cost(0, weight.nbytes)
+    if node.op in GRADIENT_OPS:
+        spec, cost = check_gradient(node, args, scene.trace)
+        return spec, None, cost
     if node.op in (LIST, APPEND):  # a flat graph has none; while one is written its length is nobody's
         return [], None, Cost(0, 0)
     if node.op == APPLY:
         module = args[0]
         assert isinstance(module, ModuleRef)
         known_module(module.path, card)
-        spec, cost = infer_apply(module.path, args[1:], kwargs, card)
-        return spec, None, cost
+        applied, cost = infer_apply(module.path, args[1:], kwargs, card)
+        return applied, None, cost
     op = lookup(node.op)
     bound = op.bind(args, kwargs)
     result = op.rule(bound)

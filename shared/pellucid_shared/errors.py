@@ -9,6 +9,7 @@
     |  +- IndexOutOfRangeError    an index past the end of an axis
     |  +- OrderError              a write that cannot reach the model
     |  +- SiteError               a site that does not exist or was never reached
+    |  +- GradientError           a gradient that does not exist
     +- InputError                 prompts, ids or keywords that cannot be used
     |  +- EmptyPromptError
     +- RequestError               a request the gateway cannot read
@@ -123,6 +124,10 @@ class OrderError(GraphError):
 
 class SiteError(GraphError):
     slug, title = "bad-site", "A site does not exist or is never reached"
+
+
+class GradientError(GraphError):
+    slug, title = "no-gradient", "The gradient does not exist"
 
 
 class InputError(PellucidError):

@@ -13,6 +13,9 @@ A node's id is its position. These op ids are the graph's own; every other is in
     list.append(list, value)            lengthen it, in program order and step by step; yields nothing
     log(site or null, *parts)           tell of values as the run comes by; yields nothing
     stop(site)                          nothing after it touches a later site; yields nothing
+    grad.backward(loss[, gradient])     one backward pass, once the forward passes of its trace have ended
+    grad.get(value, number)             the gradient of a value in a backward pass; passes count from 0
+    grad.set(value, number, gradient)   replace it on its way to what the value was made of
 """
 
 from __future__ import annotations
@@ -51,10 +54,12 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 GET, SET, APPLY, SAVE = "site.get", "site.set", "module.apply", "save"
 LIST, APPEND = "list.new", "list.append"
 ORIGINAL, SKIP, PARAM, LOG, STOP = "site.original", "module.skip", "param.get", "log", "stop"
-CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND, ORIGINAL, SKIP, PARAM, LOG, STOP)
+BACKWARD, GRAD, SET_GRAD = "grad.backward", "grad.get", "grad.set"
+GRADIENT_OPS = (BACKWARD, GRAD, SET_GRAD)
+CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND, ORIGINAL, SKIP, PARAM, LOG, STOP, *GRADIENT_OPS)
 #: Those whose first argument is a site, and those that yield nothing.
 SITE_OPS = (GET, SET, ORIGINAL, SKIP, LOG, STOP)
-VOID_OPS = (SET, SAVE, APPEND, SKIP, LOG, STOP)
+VOID_OPS = (SET, SAVE, APPEND, SKIP, LOG, STOP, BACKWARD, SET_GRAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,14 +276,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 __all__ = [
     "APPEND",
     "APPLY",
+    "BACKWARD",
     "CORE_OPS",
     "GET",
+    "GRAD",
+    "GRADIENT_OPS",
     "LIST",
     "LOG",
     "ORIGINAL",
     "PARAM",
     "SAVE",
     "SET",
+    "SET_GRAD",
     "SITE_OPS",
     "SKIP",
     "STOP",

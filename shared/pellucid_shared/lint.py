@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, NoReturn
 
-from .errors import EmptyPromptError, GraphError, LimitError, PellucidError, SiteError
+from .backward import require_one_pass
+from .errors import EmptyPromptError, GradientError, GraphError, LimitError, PellucidError, SiteError
 from .graph import (
     APPEND,
     APPLY,
+    BACKWARD,
     CORE_OPS,
     GET,
+    GRAD,
+    GRADIENT_OPS,
     LIST,
     LOG,
     ORIGINAL,
     PARAM,
     SAVE,
     SET,
+    SET_GRAD,
     SITE_OPS,
     SKIP,
     STOP,
@@ -49,6 +54,9 @@ ARITY = {
     SKIP: (2, 2),
     PARAM: (2, 2),
     STOP: (1, 1),
+    BACKWARD: (1, 2),
+    GRAD: (2, 2),
+    SET_GRAD: (3, 3),
 }
 
 
@@ -70,6 +78,8 @@ def lint(graph: Graph) -> None:
     7. Save names are strings, not empty, at most 200 characters, and unique.
     8. A list stands only in list.append and in save.
     9. A log has 1 to 64 parts: values, numbers, strings of at most 1000 characters, and structures of them.
+    10. A gradient is that of a node's value, in a backward pass the graph has; neither stands in a trace that
+        generates.
 
     Raises:
         GraphError: the first invariant that does not hold; ``node`` names the node.
@@ -79,11 +89,14 @@ def lint(graph: Graph) -> None:
     _lint_regions(graph)
     if len(graph.nodes) > MAX_NODES:
         raise LimitError(f"the graph has {len(graph.nodes)} nodes; at most {MAX_NODES} are taken")
+    backwards = sum(node.op == BACKWARD for node in graph.nodes)
     names: set[str] = set()
     left: set[int] = set()  # regions that other nodes have followed
     for position, node in enumerate(graph.nodes):
         try:
             _lint_node(graph, position, node)
+            if node.op in GRADIENT_OPS:
+                _lint_gradient(graph, node, backwards)
             if node.region in left and _repeats(graph, node.region):
                 _bad(f"the nodes of region {node.region} do not follow each other")
             if position and graph.nodes[position - 1].region != node.region:
@@ -195,6 +208,29 @@ def _lint_core(graph: Graph, node: Node) -> None:
     if node.op == SAVE and contains(node.args[0], (slice, EllipsisType)):
         _bad("save takes tensors, numbers, strings, and lists, tuples and dicts of them")
     lint_passing(node)
+
+
+def _lint_gradient(graph: Graph, node: Node, count: int) -> None:
+    if not isinstance(node.args[0], Ref):
+        _bad(f"{node.op} takes the value of a node first")
+    trace = graph.regions[graph.trace_of(node.region)]
+    assert isinstance(trace, Trace)
+    require_one_pass(trace)
+    if node.op == BACKWARD:
+        return
+    number = node.args[1]
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        _bad(f"{node.op} takes the number of a backward pass second, found {number!r:.60}")
+    if number >= count:
+        raise GradientError(
+            "there is no backward pass for this gradient; write loss.backward() in the trace, before or "
+            "after it"
+            if not count
+            else f"this is a gradient of backward pass {number} (from 0), and the graph has {count}; write "
+            "loss.backward() in the trace, before or after it"
+        )
+    if node.op == SET_GRAD and not isinstance(node.args[2], Ref | TensorRef | bool | int | float | complex):
+        _bad("grad.set takes a tensor or a number third")
 
 
 def _lint_site(graph: Graph, node: Node) -> None:

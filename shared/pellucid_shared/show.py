@@ -7,13 +7,16 @@ from typing import Any
 from .graph import (
     APPEND,
     APPLY,
+    BACKWARD,
     GET,
+    GRAD,
     LIST,
     LOG,
     ORIGINAL,
     PARAM,
     SAVE,
     SET,
+    SET_GRAD,
     SKIP,
     STOP,
     Each,
@@ -137,6 +140,12 @@ def _statement(position: int, node: Node, names: dict[int, str]) -> str:
         return f"{node.op}({', '.join(given)}){_place(node)}"
     if node.op == APPEND:
         return f"{_text(node.args[0])}.append({_text(node.args[1])})"
+    if node.op == BACKWARD:
+        return f"{_text(node.args[0])}.backward({', '.join(map(_text, node.args[1:]))})"
+    if node.op == GRAD:
+        return f"v{position} = {_text(node.args[0])}.grad  # backward {node.args[1]}"
+    if node.op == SET_GRAD:
+        return f"{_text(node.args[0])}.grad = {_text(node.args[2])}  # backward {node.args[1]}"
     if node.op == "setitem" and len(node.args) == 3:
         base, index, value = node.args
         return f"{_text(base)}[{_index(index)}] = {_text(value)}; v{position} = {_text(base)}"

@@ -7,17 +7,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .apply import returns_its_input
+from .backward import Made, Schedule, name_of
 from .card import ModelCard, TensorLeaf
 from .clock import Clock
-from .errors import OrderError
+from .errors import GradientError, OrderError
 from .flat import Flat
-from .graph import APPLY, CORE_OPS, GET, LOG, ORIGINAL, SET, SKIP, STOP, Node
+from .graph import (
+    APPLY,
+    BACKWARD,
+    CORE_OPS,
+    GET,
+    GRAD,
+    GRADIENT_OPS,
+    LOG,
+    ORIGINAL,
+    SET,
+    SKIP,
+    STOP,
+    Node,
+)
 from .ops import Alias, lookup
 from .passing import Passing, skipped_sites
-from .values import RESULT, Ref, Site
+from .values import RESULT, Ref, Site, refs
 
 #: A storage: ("node", position) for what a node allocates, ("site", trace, invoke, step, object) for the
-#: model's own.
+#: model's own, ("grad", backward pass, when the value was made) for a gradient.
 Root = tuple[Any, ...]
 
 
@@ -92,24 +106,33 @@ def timeline(flat: Flat, card: ModelCard, bound: Sequence[dict[str, Any] | None]
 
     Raises:
         OrderError: a write needs a value the model makes only later; names both.
+        GradientError: a gradient of a value that is made after its backward pass.
     """
-    return _Builder(flat, card).build(bound)
+    schedule = Schedule(flat)
+    if schedule.passes:  # gradients come in the reverse of an order that must be known first
+        first = _Builder(flat, card, schedule)
+        first.build(bound)
+        schedule = Schedule(flat, first.made)
+    return _Builder(flat, card, schedule).build(bound)
 
 
 class _Builder:
     """Walks the nodes in program order."""
 
-    def __init__(self, flat: Flat, card: ModelCard) -> None:
-        self.flat, self.card = flat, card
+    def __init__(self, flat: Flat, card: ModelCard, schedule: Schedule) -> None:
+        self.flat, self.card, self.schedule = flat, card, schedule
         self.packed = tuple(shares_pass(flat, i, card) for i in range(len(flat.traces)))
-        self.clock = Clock(card, flat.traces, self.packed)
+        self.clock = Clock(card, flat.traces, self.packed, schedule.stretches())
         self.passing = Passing(flat, card, self.clock)
+        self.made: list[Made] = []  # when each node's tensor was made, as far as gradients' order goes
+        self.first_reads = self._first_reads()
         self.ready: list[int] = []
         self.roots: list[frozenset[Root]] = []
         self.effects: list[frozenset[Root]] = []
-        self.gets: list[frozenset[int]] = []  # the site.get nodes whose tensor a value may be
+        self.gets: list[frozenset[int]] = []  # the site.get and grad.get nodes a value may be the tensor of
         self.waits: list[set[int]] = []  # what a node runs after: the values it takes, and edits of them
         self.written: dict[Root, frozenset[Root]] = {}  # storage of a site -> those of the values set there
+        self.last_set: dict[Root, int] = {}  # storage of a site -> the latest write to it
         self.last_edit: dict[Root, int] = {}  # storage -> the in-place op that made its latest version
 
     def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
@@ -121,8 +144,13 @@ class _Builder:
             roots: frozenset[Root] = frozenset([("node", position)])
             gets: frozenset[int] = frozenset()
             edited: frozenset[Root] = frozenset()
+            made: Made | None = None
             if node.op in (GET, SET, ORIGINAL):
                 when, roots, gets = self._site(position, node, when)
+                if node.op == GET:
+                    made = self._made(_site_root(self.card, node.region, node.site))
+            elif node.op in GRADIENT_OPS:
+                when, roots, gets = self._gradient(position, node, when)
             elif node.op in (SKIP, LOG, STOP):
                 needs_until, when = when, self.passing.when(position, node, when)
                 if node.op == SKIP and needs_until > when:
@@ -140,6 +168,7 @@ class _Builder:
                 source = next(node.refs())
                 roots, gets = self.roots[source], self.gets[source]
             self.ready.append(when)
+            self.made.append(made or (when, position))
             self.roots.append(roots)
             self.gets.append(gets)
             self.effects.append(edited)
@@ -156,17 +185,77 @@ class _Builder:
             return event, roots | self.written.get(site, roots), frozenset([position])
         if when > event:
             raise self._too_late(position)
-        self.written[site] = self.written.get(site, roots).union(*(self.roots[r] for r in node.refs()))
+        self._write(position, site, roots)
         return event, roots, frozenset([position])
+
+    def _write(self, position: int, root: Root, roots: frozenset[Root]) -> None:
+        self.last_set[root] = position
+        given = [self.roots[r] for r in refs(self.flat.nodes[position].args[-1])]
+        self.written[root] = self.written.get(root, roots).union(*given)
+
+    def _gradient(self, position: int, node: Node, when: int) -> tuple[int, frozenset[Root], frozenset[int]]:
+        if node.op == BACKWARD:
+            start = self.clock.backward(self.schedule.number[position])
+            if when > start:
+                raise OrderError(
+                    f"this loss needs {self._latest(position)}, which its own backward pass makes; a "
+                    "gradient written before backward() belongs to the pass behind it",
+                    node=self.flat.origin[position],
+                )
+            return start, frozenset([("node", position)]), frozenset()
+        value, number = node.args[0].node, node.args[1]
+        start = self.clock.backward(number)
+        if self.ready[value] > start:
+            raise GradientError(
+                f"{name_of(self.flat, value)} is made only after the backward pass that this gradient is of; "
+                "write loss.backward() behind it",
+                node=self.flat.origin[position],
+            )
+        event = start + 1 + self.schedule.rank(number, value)
+        root: Root = ("grad", number, self.made[value])
+        roots = frozenset([root])
+        if node.op == GRAD:
+            return event, roots | self.written.get(root, roots), frozenset([position])
+        if when > event:
+            raise OrderError(
+                f"the gradient of {name_of(self.flat, value)} is set to a value that needs "
+                f"{self._latest(position)}, which the backward pass makes only later",
+                node=self.flat.origin[position],
+            )
+        self._write(position, root, roots)
+        return event, roots, frozenset([position])
+
+    def _first_reads(self) -> dict[Root, Made]:
+        """Of each tensor of the model that is read, where it is first: it was made before all of the graph's
+        there."""
+        found: dict[Root, Made] = {}
+        if self.schedule.passes:
+            for position, node in enumerate(self.flat.nodes):
+                if node.op == GET:
+                    root = _site_root(self.card, node.region, node.site)
+                    first = (self.clock.at(node.region, node.site), position - len(self.flat.nodes))
+                    found[root] = min(first, found.get(root, first))
+        return found
+
+    def _made(self, site: Root) -> Made | None:
+        """When the tensor was made that is at a site now."""
+        edit, replaced = self.last_edit.get(site, -1), self.last_set.get(site, -1)
+        if edit > replaced:
+            return self.ready[edit], edit
+        if replaced >= 0:
+            given = next(self.flat.nodes[replaced].refs(), None)
+            return (self.ready[replaced], replaced) if given is None else self.made[given]
+        return self.first_reads.get(site)
 
     def _edit_in_time(self, position: int, when: int, gets: frozenset[int]) -> None:
         for get in gets:
             node = self.flat.nodes[get]
-            site = node.site
-            if when > self.clock.at(node.region, site):
+            moved = "the backward pass" if node.op == GRAD else "the model"
+            if when > self.ready[get]:
                 raise OrderError(
-                    f"this edits {site} in place, but can run only after the model has moved on: it needs "
-                    f"{self._latest(position)}. Edit a copy instead: take .clone() of the value first",
+                    f"this edits {name_of(self.flat, get)} in place, but can run only after {moved} has "
+                    f"moved on: it needs {self._latest(position)}. Edit a copy instead: take .clone() of the "
+                    "value first",
                     node=self.flat.origin[position],
                 )
 
@@ -176,12 +265,15 @@ class _Builder:
             if self.packed[self.flat.nodes[position].region]
             else " (these invokes run one after another: they touch sites that cannot share a pass)"
         )
+        needed = self._latest(position)
+        if needed.startswith("the gradient"):
+            why = " (gradients exist only once the forward pass has ended)"
         node = self.flat.nodes[position]
         what = f"{node.site} is written"
         if node.op == SKIP:
             what = f"{node.site.module} is skipped"
         return OrderError(
-            f"{what} with a value that needs {self._latest(position)}, "
+            f"{what} with a value that needs {needed}, "
             f"which the model makes only later{why}. "
             "A write can use only what exists when the model reaches it",
             node=self.flat.origin[position],
@@ -196,8 +288,8 @@ class _Builder:
                 reached.add(wait)
                 stack.append(wait)
                 node = self.flat.nodes[wait]
-                if node.op in (GET, ORIGINAL) and self.ready[wait] > best[0]:
-                    best = (self.ready[wait], str(node.site))
+                if node.op in (GET, ORIGINAL, GRAD) and self.ready[wait] > best[0]:
+                    best = (self.ready[wait], name_of(self.flat, wait))
         return best[1]
 
 

@@ -15,13 +15,27 @@ from functools import cached_property
 from pellucid_shared.card import ModelCard
 from pellucid_shared.check import Checked
 from pellucid_shared.clock import Place
-from pellucid_shared.graph import APPLY, GET, LOG, ORIGINAL, PARAM, SAVE, SET, SKIP, Node
+from pellucid_shared.graph import (
+    APPLY,
+    BACKWARD,
+    GET,
+    GRAD,
+    LOG,
+    ORIGINAL,
+    PARAM,
+    SAVE,
+    SET,
+    SET_GRAD,
+    SKIP,
+    Node,
+)
 from pellucid_shared.storage import Root
 from pellucid_shared.values import RESULT, Ref, TensorRef
 
 from . import acts, emit
+from .backward import Gradients
 from .liveness import needed_nodes
-from .plan import Event, Get, Group, Instruction, Pass, Plan, Save, Set
+from .plan import Backward, Event, Get, Gradient, Group, Instruction, Pass, Plan, Save, Set
 
 
 def compile_graph(checked: Checked, card: ModelCard, runtime: emit.Runtime) -> Plan:
@@ -34,6 +48,7 @@ class _Compiler:
         self.flat, self.card, self.runtime = checked.flat, card, runtime
         self.timeline = checked.timeline
         self.needed = sorted(needed_nodes(self.flat, self.timeline))
+        self.gradients = Gradients(self.flat, self.timeline, card, self.needed)
         self.effects = [i for i in self.needed if self.timeline.effects[i]]
         self.editors: dict[Root, list[int]] = defaultdict(list)  # storage -> the in-place ops on it
         for effect in self.effects:
@@ -58,12 +73,23 @@ class _Compiler:
             # from before everything.
             late = len(self.flat.nodes) * ((node.op == SAVE) - (node.op == ORIGINAL))
             timed.append((when, position + late, self._instruction(position, node)))
+            timed += [(when, position, tracked) for tracked in self.gradients.track(position)]
+            if (early := self.gradients.early(position, self.slots)) is not None:
+                self._new_slot()
+                timed += [(early[0], -1, instruction) for instruction in early[1]]
         timed.sort(key=lambda entry: entry[:2])
         by_time: dict[int, list[Instruction]] = defaultdict(list)
         for (when, _, _), instruction in zip(timed, self._freeing([i for _, _, i in timed]), strict=True):
             by_time[when].append(instruction)
         before = tuple(by_time.pop(-1, ()))
-        return Plan(self.flat, before, self._groups(by_time), self.slots, self.literals)
+        groups, last = self._groups(by_time), self.gradients.last_trace
+        mutates = last >= 0 and (bool(self.effects) or self._scatters(last))
+        return Plan(self.flat, before, groups, self.slots, self.literals, last, mutates)
+
+    def _scatters(self, last: int) -> bool:
+        """Whether invokes share a pass in one of the traces up to ``last``."""
+        traces = zip(self.timeline.packed[: last + 1], self.flat.traces[: last + 1], strict=True)
+        return any(packed and len(trace.invokes) > 1 for packed, trace in traces)
 
     # --- order and versions --------------------------------------------------------------------------------
 
@@ -119,15 +145,21 @@ class _Compiler:
 
     def _instruction(self, position: int, node: Node) -> Instruction:
         slot_of = self._slots_for(position)
-        if node.op == GET:
+        if node.op in (GET, GRAD):
             when, roots = self.timeline.ready[position], self.timeline.roots[position]
             edited = any(self.timeline.ready[e] == when for e in self._edits_of(roots))
-            return Get(position, node.site, position, edited)
-        if node.op == SET:
-            value = emit.resolve(node.args[1], slot_of)
-            return Set(
-                position, node.site, emit.builder(value), self._edited_apart(position), emit.reads(value)
-            )
+            if node.op == GRAD:
+                return Get(position, Gradient(node.args[0].node), position, edited)
+            # What gradients are to reach must be on the model's way, so it is written back.
+            return Get(position, node.site, position, edited or position in self.gradients.roots)
+        if node.op in (SET, SET_GRAD):
+            value, apart = emit.resolve(node.args[-1], slot_of), self._edited_apart(position)
+            site = node.site if node.op == SET else Gradient(node.args[0].node)
+            return Set(position, site, emit.builder(value), apart, emit.reads(value))
+        if node.op == BACKWARD:
+            loss, *given = (emit.resolve(v, slot_of) for v in node.args)
+            build = emit.builder(given[0]) if given else None
+            return Backward(position, loss.node, build, (), (), False, (), emit.reads([loss, *given]))
         if node.op == SAVE:
             value = emit.resolve(node.args[0], slot_of)
             shared = self._shares_memory(position)
@@ -178,17 +210,20 @@ class _Compiler:
     def _groups(self, by_time: Mapping[int, list[Instruction]]) -> tuple[Group, ...]:
         clock, packed = self.timeline.clock, self.timeline.packed
         passes: dict[tuple[int, int], dict[int, list[Event]]] = defaultdict(lambda: defaultdict(list))
-        after: dict[int, list[Instruction]] = {}
+        after: dict[int, dict[int, list[Instruction]]] = defaultdict(dict)
         for when in sorted(by_time):
             place, instructions = clock.place(when), by_time[when]
             if place.within < 0:
-                after[place.trace] = instructions
+                after[place.trace][when] = instructions
                 continue
             event = self._event(place, instructions)
             passes[place.trace, place.turn][place.step].append(event)
         for trace, results in self._results().items():  # passes that only the result needs
             for turn in {0} if packed[trace] else results:
                 passes.setdefault((trace, turn), defaultdict(list))
+        for trace in after:  # a trace may have nothing but a backward pass
+            if not any(key[0] == trace for key in passes):
+                passes[trace, 0] = defaultdict(list)
         groups = []
         for trace, turn in sorted(passes):
             invokes = tuple(range(len(self.flat.traces[trace].invokes))) if packed[trace] else (turn,)
@@ -198,7 +233,7 @@ class _Compiler:
                 *others, final = own[-1].events
                 own[-1] = replace(own[-1], events=(*others, replace(final, last=True)))
             ends = (trace, turn) == max(key for key in passes if key[0] == trace)
-            behind = tuple(after.get(trace, ())) if ends else ()
+            behind = self.gradients.nested(after[trace]) if ends else ()
             groups.append(Group(trace, invokes, tuple(own), whole, behind, trace in self.eager))
         return tuple(groups)
 

@@ -17,10 +17,11 @@ from pellucid_shared.values import INSIDE, RESULT, ModuleRef, Site
 
 from . import inputs, packed, skips
 from .decode import Decoding
+from .gradients import Gradients
 from .inputs import Rows
 from .inside import Inside, eager_attention
 from .logs import Teller
-from .plan import Act, Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots
+from .plan import Act, Backward, Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots, Track
 from .sites import ResultView, View
 from .skips import Around, Given
 
@@ -67,6 +68,7 @@ class Run:
         self._slots: Slots = [None] * plan.slots
         for name, slot in plan.literals.items():
             self._slots[slot] = literals[name]
+        self._gradients = Gradients(plan)
         self._muted = False
         self._inside: Inside | None = None  # in a pass that touches calls inside modules
         self._ended: dict[tuple[int, int], int] = {}  # (trace, invoke) whose generation ended -> steps it had
@@ -83,15 +85,11 @@ class Run:
 
     def execute(self) -> dict[str, Any]:
         """Run every pass; what was saved, by name."""
-        self._carry_out(self._plan.before, None)
-        for group in self._plan.groups:
-            trace = self._plan.flat.traces[group.trace]
-            with eager_attention(self._model) if group.eager else contextlib.nullcontext():
-                if trace.generation is None:
-                    self._run_pass(group)
-                else:
-                    self._generate(group, trace.generation)
-            self._carry_out(group.after, ResultView(group.trace, self._results))
+        with self._gradients.recorded(self._model):
+            self._carry_out(self._plan.before, None)
+            for group in self._plan.groups:
+                with self._gradients.of_trace(group.trace):
+                    self._run_group(group)
         listed = {name: [own[k] for k in sorted(own)] for name, own in self._entries.items()}
         return {**self._saved, **listed}
 
@@ -107,6 +105,15 @@ class Run:
             return function(*args, **kwargs)
         finally:
             self._muted = before
+
+    def _run_group(self, group: Group) -> None:
+        trace = self._plan.flat.traces[group.trace]
+        with eager_attention(self._model) if group.eager else contextlib.nullcontext():
+            if trace.generation is None:
+                self._run_pass(group)
+            else:
+                self._generate(group, trace.generation)
+        self._carry_out(group.after, ResultView(group.trace, self._results))
 
     # --- passes --------------------------------------------------------------------------------------------
 
@@ -305,6 +312,12 @@ class Run:
                     view.set(instruction.site, instruction.build(slots), instruction.copied)
                 elif type(instruction) is Save:
                     self._save(instruction)
+                elif type(instruction) is Track:
+                    slots[instruction.slot] = self._gradients.track(
+                        instruction, slots[instruction.slot], view
+                    )
+                elif type(instruction) is Backward:
+                    self._gradients.run(instruction, slots, self._carry_out)
                 elif isinstance(instruction, Act):
                     instruction.carry_out(slots, view, self)
                 for slot in instruction.frees:

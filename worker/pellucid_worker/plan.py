@@ -41,11 +41,18 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Gradient:
+    """Where a gradient is read and written, in the place of a site; ``value`` is the node it is that of."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
 class Get:
     """Read the tensor at a site into slot ``out``; ``edited``: this event overwrites it in place."""
 
     node: int
-    site: Site
+    site: Site | Gradient
     out: int
     edited: bool
     reads: tuple[int, ...] = ()
@@ -57,7 +64,7 @@ class Set:
     """Replace the tensor at a site by what ``build`` gives; ``copied``: a later edit is not the model's."""
 
     node: int
-    site: Site
+    site: Site | Gradient
     build: Callable[[Slots], Any]
     copied: bool
     reads: tuple[int, ...]
@@ -90,7 +97,64 @@ class Act:
         raise NotImplementedError
 
 
-Instruction = Call | Get | Set | Save | Act
+@dataclass(frozen=True, slots=True)
+class Track:
+    """Let gradients reach the tensor in a slot from here on.
+
+    Attributes:
+        site: the tensor is the model's own there; None: it is one of the graph's.
+        watched: its gradient is read or changed.
+        edited: it is what a module returned, and is overwritten later.
+    """
+
+    node: int
+    slot: int
+    site: Site | None
+    watched: bool
+    edited: bool
+    reads: tuple[int, ...]
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What happens once the gradients of one tensor have come.
+
+    Attributes:
+        changes: the values whose gradients it changes: it must happen before they go on.
+        needs: arrivals, by their place in the pass, that must have happened before.
+    """
+
+    changes: tuple[int, ...]
+    needs: tuple[int, ...]
+    instructions: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """One backward pass.
+
+    Attributes:
+        loss: the slot of what it starts from.
+        build: makes the gradient it starts with from the slots; None: 1.
+        values: nodes whose gradients are wanted.
+        arrivals: in order.
+        retain: a later pass goes through what this one does.
+        done: nodes of whose gradients no later pass has any.
+    """
+
+    node: int
+    loss: int
+    build: Callable[[Slots], Any] | None
+    values: tuple[int, ...]
+    arrivals: tuple[Arrival, ...]
+    retain: bool
+    done: tuple[int, ...]
+    reads: tuple[int, ...]
+    frees: tuple[int, ...] = ()
+
+
+Instruction = Call | Get | Set | Save | Act | Track | Backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +210,8 @@ class Plan:
         groups: the passes, in order; one that nothing needs is not there.
         slots: how many slots there are.
         literals: digest of each literal -> its slot.
+        tracked: number of the last trace that a backward pass may reach into; -1: there is none.
+        mutates: something is overwritten that a backward pass may need as it was.
     """
 
     flat: Flat
@@ -153,3 +219,5 @@ class Plan:
     groups: tuple[Group, ...]
     slots: int
     literals: Mapping[str, int] = field(default_factory=dict)
+    tracked: int = -1
+    mutates: bool = False

@@ -23,9 +23,9 @@ class View(Protocol):
     #: The structure as it stands, replaced members included.
     value: Any
 
-    def get(self, site: Site, edited: bool) -> torch.Tensor: ...
+    def get(self, site: Any, edited: bool) -> torch.Tensor: ...
 
-    def set(self, site: Site, value: Any, copied: bool) -> None:
+    def set(self, site: Any, value: Any, copied: bool) -> None:
         """``copied``: the value is edited once the model has moved on, so at ``flush`` the model gets a copy;
         until then the two are one tensor."""
 
