@@ -171,6 +171,7 @@ def test_names_are_those_of_torch(llama: Any, plain: Any) -> None:
 
 
 def test_a_parameter_needs_no_pass(llama: Any, plain: Any) -> None:
+    assert llama.card  # probed before the hook is there
     runs: list[int] = []
     handle = plain.register_forward_pre_hook(lambda *_: runs.append(1))
     with llama.trace(IDS):
