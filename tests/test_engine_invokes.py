@@ -343,3 +343,13 @@ def test_a_module_applied_beside_other_invokes_attends_as_it_does_alone(
     for i, prompt in enumerate(PROMPTS):
         close(found[f"own{i}"], capture(engine.model, torch.tensor(prompt), "model.norm"))
         close(found[f"logits{i}"], forward(engine.model, torch.tensor(prompt)).logits)
+
+
+def test_a_replacement_in_one_invoke_parts_no_names_of_another(engines: dict[str, Engine]) -> None:
+    program = Program()
+    program.set("model.layers.1.mlp", 0.5, "input", (0, 0), invoke=0)
+    given = program.get("model.layers.1.mlp", "input", (0, 0), invoke=1)
+    program.op("tensor.zero_", program.get("model.layers.1.mlp.gate_proj", "input", (0, 0), invoke=1))
+    program.save(given, "given")
+    found = run(engines["llama"], program, [[5, 9]], [[1, 2, 3]])
+    assert torch.equal(found["given"], torch.zeros(1, 3, HIDDEN))

@@ -32,7 +32,7 @@ from pellucid_shared.wire import TokenizedInvoke
 from . import packed
 from .inputs import alone, rows
 from .inputs import packed as packed_inputs
-from .tensors import dtype_name
+from .tensors import Memory, dtype_name, memory
 
 _SIZES = ((3, 7), (5, 11))
 _RAGGED = (5, 9)
@@ -154,7 +154,7 @@ def _calls(model: torch.nn.Module, *, decode: bool) -> tuple[Call, ...]:
         runs.append(_record(model, {**step, "past_key_values": second.past_key_values})[0])
     small, large = runs
     others = {(c.module, c.call): c for c in large}
-    objects: dict[int, int] = {}
+    objects: dict[Memory, int] = {}
     return tuple(
         Call(
             module=c.module,
@@ -170,10 +170,10 @@ def _calls(model: torch.nn.Module, *, decode: bool) -> tuple[Call, ...]:
     )
 
 
-def _structure(small: Any, large: Any, objects: dict[int, int]) -> Structure:
+def _structure(small: Any, large: Any, objects: dict[Memory, int]) -> Structure:
     """What two runs of different sizes show of one value."""
     if isinstance(small, torch.Tensor):
-        number = objects.setdefault(id(small), len(objects))
+        number = objects.setdefault(memory(small), len(objects))
         return TensorLeaf(shape=_axes(small, large), dtype=dtype_name(small.dtype), object=number)
     if isinstance(small, list | tuple):
         members = tuple(_structure(a, b, objects) for a, b in zip(small, large, strict=False))
