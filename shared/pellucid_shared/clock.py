@@ -46,6 +46,11 @@ class Clock:
             turns = 1 if shared else len(trace.invokes)
             self._starts.append(self._starts[-1] + turns * trace.steps * self._length + 1)
 
+    @property
+    def end(self) -> int:
+        """The position behind the last."""
+        return self._starts[-1]
+
     def at(self, trace: int, site: Site) -> int:
         """The position of a site's event; the site is known to exist."""
         if site.kind == RESULT:

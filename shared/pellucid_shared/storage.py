@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .apply import returns_its_input
-from .card import ModelCard, TensorLeaf, leaf_at
+from .card import ModelCard, TensorLeaf, leaf_at, leaves
 from .clock import Clock
 from .errors import OrderError
 from .flat import Flat
@@ -28,6 +28,7 @@ class Timeline:
         ready: per node, the clock position at which everything it needs exists.
         roots: per node, the storages its value may lie in.
         effects: per node, the storages it overwrites (in-place ops only, else empty).
+        bases: per node, the node whose tensor its value is, or may be a view of; None where it is neither.
         packed: per trace, whether its invokes share passes.
         clock: what the positions in ``ready`` mean.
     """
@@ -35,6 +36,7 @@ class Timeline:
     ready: tuple[int, ...]
     roots: tuple[frozenset[Root], ...]
     effects: tuple[frozenset[Root], ...]
+    bases: tuple[int | None, ...]
     packed: tuple[bool, ...]
     clock: Clock
 
@@ -77,22 +79,64 @@ def timeline(flat: Flat, card: ModelCard, bound: Sequence[dict[str, Any] | None]
     return _Builder(flat, card).build(bound)
 
 
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """A ``site.set``: where the model shows the value set, and what that value is."""
+
+    position: int
+    event: int
+    until: int
+    roots: frozenset[Root]
+    gets: frozenset[int]
+
+    def shows_at(self, event: int, position: int) -> bool:
+        return (self.event, self.position) < (event, position) and event <= self.until
+
+
 class _Builder:
-    """Walks the nodes in program order."""
+    """Walks the nodes in program order; again, where a read meets a write that the program has later."""
 
     def __init__(self, flat: Flat, card: ModelCard) -> None:
         self.flat, self.card = flat, card
         self.packed = tuple(shares_pass(flat, i, card) for i in range(len(flat.traces)))
         self.clock = Clock(card, flat.traces, self.packed)
+        self.ahead: dict[int, list[_Write]] = {}  # read -> writes behind it in the program, before it in time
+
+    def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
+        while True:
+            self._walk(bound)
+            found = self._written_ahead()
+            if found == self.ahead:
+                break
+            self.ahead = found
+        return Timeline(
+            tuple(self.ready),
+            tuple(self.roots),
+            tuple(self.effects),
+            tuple(self.bases),
+            self.packed,
+            self.clock,
+        )
+
+    def _written_ahead(self) -> dict[int, list[_Write]]:
+        found: dict[int, list[_Write]] = {}
+        for root, reads in self.reads.items():
+            for position, event in reads:
+                shown = [w for w in self.writes.get(root, ()) if w.shows_at(event, position)]
+                if ahead := [w for w in shown if w.position > position]:
+                    found[position] = ahead
+        return found
+
+    def _walk(self, bound: Sequence[dict[str, Any] | None]) -> None:
         self.ready: list[int] = []
         self.roots: list[frozenset[Root]] = []
         self.effects: list[frozenset[Root]] = []
+        self.bases: list[int | None] = []
         self.gets: list[frozenset[int]] = []  # the site.get nodes whose tensor a value may be
         self.waits: list[set[int]] = []  # what a node runs after: the values it takes, and edits of them
-        self.written: dict[Root, frozenset[Root]] = {}  # storage of a site -> those of the values set there
+        self.writes: dict[Root, list[_Write]] = {}  # storage of a site -> what is set there
+        self.reads: dict[Root, list[tuple[int, int]]] = {}  # storage of a site -> its reads, and their events
         self.last_edit: dict[Root, int] = {}  # storage -> the in-place op that made its latest version
-
-    def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
         for position, node in enumerate(self.flat.nodes):
             needs = set(node.refs())
             edits = {self.last_edit[root] for r in needs for root in self.roots[r] if root in self.last_edit}
@@ -101,36 +145,60 @@ class _Builder:
             roots: frozenset[Root] = frozenset([("node", position)])
             gets: frozenset[int] = frozenset()
             edited: frozenset[Root] = frozenset()
+            base: int | None = None
             if node.op in (GET, SET):
                 when, roots, gets = self._site(position, node, when)
             elif node.op not in (APPLY, SAVE):
                 source, alias = _aliased(node, bound[position])
                 if source is not None and alias is not Alias.FRESH:
                     roots = self.roots[source] | (roots if alias is Alias.MAYBE_VIEW else frozenset())
-                    gets = self.gets[source]
+                    gets, base = self.gets[source], source
                 if source is not None and alias is Alias.INPLACE:
                     edited = roots
                     self._edit_in_time(position, when, gets)
                     self.last_edit.update(dict.fromkeys(edited, position))
             elif node.op == APPLY and returns_its_input(node.args[0].path, self.card):
-                source = next(node.refs())
-                roots, gets = self.roots[source], self.gets[source]
+                base = next(node.refs(), None)
+                if base is not None:
+                    roots, gets = self.roots[base], self.gets[base]
             self.ready.append(when)
             self.roots.append(roots)
             self.gets.append(gets)
             self.effects.append(edited)
-        return Timeline(tuple(self.ready), tuple(self.roots), tuple(self.effects), self.packed, self.clock)
+            self.bases.append(base)
 
     def _site(self, position: int, node: Node, when: int) -> tuple[int, frozenset[Root], frozenset[int]]:
         event = self.clock.at(node.region, node.site)
         site = _site_root(self.card, node.region, node.site)
         roots = frozenset([site])
+        gets = frozenset([position])
         if node.op == GET:  # after a write it names the tensor written
-            return event, roots | self.written.get(site, roots), frozenset([position])
+            self.reads.setdefault(site, []).append((position, event))
+            before = [w for w in self.writes.get(site, ()) if w.shows_at(event, position)]
+            for write in (*before, *self.ahead.get(position, ())):
+                roots, gets = roots | write.roots, gets | write.gets
+            return event, roots, gets
         if when > event:
             raise self._too_late(position)
-        self.written[site] = self.written.get(site, roots).union(*(self.roots[r] for r in node.refs()))
-        return event, roots, frozenset([position])
+        given = frozenset().union(*(self.roots[r] for r in node.refs()))
+        named = frozenset().union(*(self.gets[r] for r in node.refs()))
+        write = _Write(position, event, self._until(node, event), given, named)
+        self.writes.setdefault(site, []).append(write)
+        return event, roots, gets
+
+    def _until(self, node: Node, event: int) -> int:
+        """The last event at which the model may show what was set at a site: what a module is given, only it
+        sees, unless it gives it back."""
+        call = self.card.call_at(node.site)
+        assert call is not None
+        leaf = site_leaf(self.card, node.site)
+        given_back = any(
+            isinstance(found, TensorLeaf) and leaf is not None and found.object in (None, leaf.object)
+            for _, found in leaves(call.output)
+        )
+        if node.site.kind == "output" or given_back:
+            return self.clock.end
+        return event + call.exit - call.enter
 
     def _edit_in_time(self, position: int, when: int, gets: frozenset[int]) -> None:
         for get in gets:
@@ -168,6 +236,17 @@ class _Builder:
                 if node.op == GET and self.ready[wait] > best[0]:
                     best = (self.ready[wait], str(node.site))
         return best[1]
+
+
+def keeps_literals(node: Node, bound: dict[str, Any] | None) -> bool:
+    """Whether a literal that a node takes may live on in what it gives, where a later edit would meet it:
+    each use of a literal is a tensor of its own."""
+    if node.op in (GET, SAVE):
+        return False
+    if node.op in (SET, APPLY):
+        return True
+    source, alias = _aliased(node, bound)
+    return source is None and alias is not Alias.FRESH
 
 
 def _site_root(card: ModelCard, trace: int, site: Site) -> Root:
