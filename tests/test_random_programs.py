@@ -141,7 +141,7 @@ def hold(trial: Trial, seeds: range) -> Counter[str]:
 @pytest.mark.parametrize(("start", "scripts"), [(0, True), (100_000, False)], ids=["with script", "without"])
 def test_random_programs(tiny_models: Any, name: str, start: int, scripts: bool) -> None:
     first = SEED + start
-    count = 100 if scripts else 400
+    count = 200 if scripts else 800
     with torch.no_grad():
         ends = hold(Trial(Engine.from_model(tiny_models[name], id="m"), scripts), range(first, first + count))
     assert ends["agree"] > 0.7 * count, ends
