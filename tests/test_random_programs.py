@@ -69,7 +69,7 @@ class Trial:
                 found[way] for way in found if way == "script" or (way == "turns" and program.invokes == 1)
             ]
             return "refused" if all(isinstance(e, OrderError) for e in rest) else "refused by some only"
-        if isinstance(told, RuntimeError):
+        if isinstance(told, RuntimeError | ValueError):
             return "failed"  # what nothing needs fails in plain hooks and is never run by the engine
         wrong = []
         for way, answer in {"packed": packed, **found}.items():
@@ -105,7 +105,7 @@ class Trial:
 def _answer(way: Any, program: Program) -> Any:
     try:
         return way(program)
-    except (PellucidError, RuntimeError, oracle.TooLateError) as error:
+    except (PellucidError, RuntimeError, ValueError, oracle.TooLateError) as error:
         return error
 
 
