@@ -251,7 +251,7 @@ class _Draw:
             if when > event and self.random.random() < 0.98:
                 return  # refused; few of these are wanted
             when = event
-        if isinstance(spec, TensorSpec) and spec.numel > 3000:
+        if node.op != GET and isinstance(spec, TensorSpec) and spec.numel > 300_000:
             return
         self.nodes.append(node)
         self.specs.append(spec)

@@ -150,7 +150,19 @@ def test_random_programs(tiny_models: Any, name: str, start: int, scripts: bool)
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma3", "qwen3", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "gpt2", "gpt_neox", "gemma3", "qwen3"),
+        pytest.param(
+            "mixtral",
+            marks=pytest.mark.xfail(
+                reason="rows [batch * tokens, ...] that view [batch, tokens, ...] count as another tensor",
+                strict=True,
+            ),
+        ),
+    ],
+)
 def test_many_random_programs(tiny_models: Any, name: str) -> None:
     hold(Trial(Engine.from_model(tiny_models[name], id="m"), True), range(SEED + 200_000, SEED + 203_000))
 
