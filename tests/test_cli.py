@@ -28,7 +28,7 @@ def test_help_lists_every_command_and_loads_none() -> None:
     assert lines[-1] == "[]"
     listed = lines[lines.index("Commands:") + 1 : -1]
     assert [line.split()[0] for line in listed] == sorted(
-        ("cancel", "diff", "models", "run", "serve", "show", "status", "up", "whoami", "worker")
+        ("cancel", "diff", "export", "models", "run", "serve", "show", "status", "up", "whoami", "worker")
     )
     assert all(len(line.split()) > 2 for line in listed), "each has a line that says what it does"
 

@@ -367,3 +367,13 @@ def test_a_neighbours_replacement_leaves_names_of_one_tensor_one(tiny_models: An
     together = run(engine, program(2), [[69, 4]], [[1, 2, 3]])
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_replacement_in_one_invoke_parts_no_names_of_another(engines: dict[str, Engine]) -> None:
+    program = Program()
+    program.set("model.layers.1.mlp", 0.5, "input", (0, 0), invoke=0)
+    given = program.get("model.layers.1.mlp", "input", (0, 0), invoke=1)
+    program.op("tensor.zero_", program.get("model.layers.1.mlp.gate_proj", "input", (0, 0), invoke=1))
+    program.save(given, "given")
+    found = run(engines["llama"], program, [[5, 9]], [[1, 2, 3]])
+    assert torch.equal(found["given"], torch.zeros(1, 3, HIDDEN))

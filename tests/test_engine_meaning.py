@@ -214,6 +214,79 @@ def test_an_older_version_can_be_written_to_a_late_site(engine: Engine, early: t
     close(found, forward(engine.model, torch.tensor(IDS), after=hooks).logits)
 
 
+def test_a_view_that_exists_only_later_still_names_the_buffer(engine: Engine) -> None:
+    program = Program()
+    buffer = program.op("torch.zeros", [1, 1, HIDDEN])
+    view = program.op("tensor.expand_as", buffer, program.get(SECOND))
+    before = program.op("torch.add", view, 1)
+    program.op("tensor.add_", buffer, 2)
+    for name, value in (("view", view), ("before", before), ("after", program.op("torch.add", view, 1))):
+        program.save(value, name)
+    found = run(engine, program, IDS)
+    for name, wanted in (("view", 2.0), ("before", 1.0), ("after", 3.0)):
+        assert torch.equal(found[name], torch.full(SHAPE, wanted)), name
+
+
+def test_what_torch_copies_of_a_later_view_keeps_the_version_it_stands_behind(engine: Engine) -> None:
+    program = Program()
+    buffer = program.op("torch.zeros", [1, 1, HIDDEN])
+    view = program.op("tensor.expand_as", buffer, program.get(SECOND))
+    copied, viewed = program.op("torch.reshape", view, (-1,)), program.op("torch.reshape", view, SHAPE)
+    program.op("tensor.add_", buffer, 2)
+    program.save(copied, "copied")
+    program.save(viewed, "viewed")
+    found = run(engine, program, IDS)
+    assert torch.equal(found["copied"], torch.zeros(len(IDS[0]) * HIDDEN))
+    assert torch.equal(found["viewed"], torch.full(SHAPE, 2.0))
+
+
+def test_a_literal_written_to_two_sites_is_not_edited_by_way_of_one(engine: Engine) -> None:
+    value = torch.linspace(-1, 1, HIDDEN).repeat(1, len(IDS[0]), 1)
+    wire = to_wire(value)
+    literal = TensorRef(digest(wire))
+    program = Program()
+    program.set(FIRST, literal)
+    program.op("tensor.mul_", program.get(FIRST), 3)
+    program.fill(program.op("torch.reshape", literal, (-1,)), 9.0)
+    program.set(SECOND, literal)
+    program.save(program.get(FIRST), "first")
+    program.save(program.get(SECOND), "second")
+    found = run(engine, program, IDS, tensors={digest(wire): wire})
+    close(found["first"], value * 3)
+    assert torch.equal(found["second"], value)
+
+
+def test_a_read_names_what_was_written_before_it_in_the_model(engine: Engine) -> None:
+    program = Program()
+    value = program.op("torch.ones", SHAPE)
+    shown = program.get(SECOND, "input", (0, 0))  # before the write in the program, behind it in the model
+    program.set(FIRST, value)
+    program.op("tensor.mul_", shown, 3)
+    program.save(value, "value")
+    program.save(program.get(HEAD), "logits")
+    found = run(engine, program, IDS)
+    assert torch.equal(found["value"], torch.full(SHAPE, 3.0))
+    close(found["logits"], logits(engine, lambda h: torch.full_like(h, 3.0)))
+
+
+def test_a_view_of_a_whole_site_is_that_site(engine: Engine) -> None:
+    program = Program()
+    program.save(program.get("model.norm"), "h")
+    program.fill(
+        program.get(HEAD, "input", (0, 0)), 2.0
+    )  # the head takes a slice of all of the norm's output
+    assert torch.equal(run(engine, program, IDS)["h"], torch.full(SHAPE, 2.0))
+
+
+def test_an_edit_of_an_early_site_by_way_of_a_late_one_is_an_error(engine: Engine) -> None:
+    program = Program()
+    program.set(SECOND, program.get(FIRST))
+    program.fill(program.get(SECOND), 0.0, (slice(None), -1))
+    program.save(program.get(HEAD), "logits")
+    with pytest.raises(OrderError, match=r"edits model\.layers\.0\.output in place.*\.clone\(\)"):
+        run(engine, program, IDS)
+
+
 # --- what a write takes ------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,17 @@ def test_the_client_reads_no_variables_and_no_source_of_its_caller() -> None:
         text = path.read_text()
         for trick in ("f_locals", "f_globals", "settrace", "setprofile", "getsource", "pickle", "ctypes"):
             assert trick not in text, f"{path.relative_to(ROOT)} contains {trick}"
+
+
+def test_no_package_runs_text_or_reads_pickles() -> None:
+    calls = re.compile(r"(?<![\w.])(exec|eval|__import__)\(|\b(f_locals|settrace|setprofile|getsource)\b")
+    for package in PACKAGES.values():
+        for path in sources(package):
+            text = path.read_text()
+            assert not re.search(
+                r"\b(import|from) +(cloud|c)?pickle|\bpickle\.|torch\.load\(|\bmarshal\b", text
+            ), path
+            assert package != "pellucid" or not calls.search(text), path
 
 
 def test_the_public_names_are_there() -> None:

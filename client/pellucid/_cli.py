@@ -12,6 +12,7 @@ from pellucid_shared import __version__
 from pellucid_shared.errors import PellucidError
 
 from ._cli_experiments import diff, run, show
+from ._cli_export import export
 from ._cli_jobs import cancel, status
 from ._cli_server import host_option, server
 
@@ -113,5 +114,5 @@ def whoami(host: str | None) -> None:
     click.echo(f"{who} at {asked.url}, which runs pellucid {me['version']}")
 
 
-for _command in (cancel, diff, run, show, status):
+for _command in (cancel, diff, export, run, show, status):
     main.add_command(_command)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from ._job import Job
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Save the results as safetensors."
 )
@@ -69,7 +69,7 @@ def run(file: Path, out: Path | None, host: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 def show(file: Path) -> None:
     """Print an experiment's FILE as code, and the tensors it names."""
     from pellucid_shared.show import show as as_code
@@ -83,8 +83,8 @@ def show(file: Path) -> None:
 
 
 @click.command()
-@click.argument("a", type=_FILE)
-@click.argument("b", type=_FILE)
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
 def diff(a: Path, b: Path) -> None:
     """Print what differs between the experiments in files A and B.
 

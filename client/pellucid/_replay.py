@@ -47,3 +47,12 @@ def _prompt(invoke: Invoke, target: Target) -> Prompt:
     if found.tokens is None and not target.distant:
         found.tokenized(target.tokenize(found.texts))
     return found
+
+
+def tokenized(invoke: Invoke, target: Target) -> list[list[int]]:
+    """The rows of ids of an invoke, wherever its model is."""
+    found = _prompt(invoke, target)
+    if found.ids is None:
+        found.tokenized(target.tokenize(found.texts))
+    assert found.ids is not None
+    return found.ids

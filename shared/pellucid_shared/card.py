@@ -30,7 +30,8 @@ class _Frozen(BaseModel):
 
 class TensorLeaf(_Frozen):
     """A tensor in a site. ``shape`` holds sizes and axis names; ``object`` numbers the tensor object: leaves
-    with the same number in one phase are one and the same tensor (layer i's output is layer i+1's input)."""
+    with the same number in one phase are one and the same tensor (layer i's output is layer i+1's input), or
+    a view of all of it."""
 
     leaf: Literal["tensor"] = "tensor"
     shape: tuple[Size, ...] | None  # None: the axes follow no rule the probe could find

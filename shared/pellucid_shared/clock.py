@@ -61,6 +61,11 @@ class Clock:
                     self._backwards[index], position = position, position + length
             self._starts.append(position)
 
+    @property
+    def end(self) -> int:
+        """The position behind the last."""
+        return self._starts[-1]
+
     def at(self, trace: int, site: Site) -> int:
         """The position of a site's event; the site is known to exist."""
         if site.kind == RESULT:

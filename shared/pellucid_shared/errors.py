@@ -30,6 +30,7 @@
     +- RecordingError             Python asked of a value what only the run can answer
     +- MissingExtraError          a part of pellucid that is not installed
     +- NotYetError                a part of the language that this version does not have
+    +- ExportError                an experiment that a script of plain hooks cannot be written for
 
 Over HTTP each is an RFC 9457 problem: ``type`` is ``urn:pellucid:<slug>``, ``detail`` the message, and
 ``node`` the position in the graph where there is one; the client adds the user's own line.
@@ -208,6 +209,10 @@ class MissingExtraError(PellucidError, ImportError):
 
 class NotYetError(PellucidError, NotImplementedError):
     slug, title, status = "not-yet", "This version does not have it yet", 501
+
+
+class ExportError(PellucidError):
+    slug, title, status = "not-exported", "The experiment cannot be exported", 501
 
 
 def _by_slug() -> dict[str, type[PellucidError]]:

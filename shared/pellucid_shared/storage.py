@@ -8,7 +8,7 @@ from typing import Any
 
 from .apply import returns_its_input
 from .backward import Made, Schedule, name_of
-from .card import ModelCard, TensorLeaf
+from .card import ModelCard, TensorLeaf, leaves
 from .clock import Clock
 from .errors import GradientError, OrderError
 from .flat import Flat
@@ -43,6 +43,7 @@ class Timeline:
         ready: per node, the clock position at which everything it needs exists.
         roots: per node, the storages its value may lie in.
         effects: per node, the storages it overwrites (in-place ops only, else empty).
+        bases: per node, the node whose tensor its value is, or may be a view of; None where it is neither.
         packed: per trace, whether its invokes share passes.
         clock: what the positions in ``ready`` mean.
     """
@@ -50,6 +51,7 @@ class Timeline:
     ready: tuple[int, ...]
     roots: tuple[frozenset[Root], ...]
     effects: tuple[frozenset[Root], ...]
+    bases: tuple[int | None, ...]
     packed: tuple[bool, ...]
     clock: Clock
 
@@ -116,26 +118,71 @@ def timeline(flat: Flat, card: ModelCard, bound: Sequence[dict[str, Any] | None]
     return _Builder(flat, card, schedule).build(bound)
 
 
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """A ``site.set``: where the model shows the value set, and what that value is."""
+
+    position: int
+    event: int
+    until: int
+    roots: frozenset[Root]
+    gets: frozenset[int]
+
+    def shows_at(self, event: int, position: int) -> bool:
+        return (self.event, self.position) < (event, position) and event <= self.until
+
+
 class _Builder:
-    """Walks the nodes in program order."""
+    """Walks the nodes in program order; again, where a read meets a write that the program has later."""
 
     def __init__(self, flat: Flat, card: ModelCard, schedule: Schedule) -> None:
         self.flat, self.card, self.schedule = flat, card, schedule
         self.packed = tuple(shares_pass(flat, i, card) for i in range(len(flat.traces)))
         self.clock = Clock(card, flat.traces, self.packed, schedule.stretches())
-        self.passing = Passing(flat, card, self.clock)
-        self.made: list[Made] = []  # when each node's tensor was made, as far as gradients' order goes
         self.first_reads = self._first_reads()
+        self.ahead: dict[int, list[_Write]] = {}  # read -> writes behind it in the program, before it in time
+
+    def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
+        while True:
+            self._walk(bound)
+            found = self._written_ahead()
+            if found == self.ahead:
+                break
+            self.ahead = found
+        return Timeline(
+            tuple(self.ready),
+            tuple(self.roots),
+            tuple(self.effects),
+            tuple(self.bases),
+            self.packed,
+            self.clock,
+        )
+
+    def _written_ahead(self) -> dict[int, list[_Write]]:
+        found: dict[int, list[_Write]] = {}
+        for root, reads in self.reads.items():
+            for position, event in reads:
+                shown = [w for w in self.writes.get(root, ()) if w.shows_at(event, position)]
+                if ahead := [w for w in shown if w.position > position]:
+                    found[position] = ahead
+        return found
+
+    def _walk(self, bound: Sequence[dict[str, Any] | None]) -> None:
+        self.passing = Passing(self.flat, self.card, self.clock)
+        self.made: list[Made] = []  # when each node's tensor was made, as far as gradients' order goes
         self.ready: list[int] = []
         self.roots: list[frozenset[Root]] = []
         self.effects: list[frozenset[Root]] = []
+        self.bases: list[int | None] = []
         self.gets: list[frozenset[int]] = []  # the site.get and grad.get nodes a value may be the tensor of
         self.waits: list[set[int]] = []  # what a node runs after: the values it takes, and edits of them
-        self.written: dict[Root, frozenset[Root]] = {}  # storage of a site -> those of the values set there
-        self.last_set: dict[Root, int] = {}  # storage of a site -> the latest write to it
+        self.writes: dict[Root, list[_Write]] = {}  # storage of a site -> what is set there
+        self.reads: dict[Root, list[tuple[int, int]]] = {}  # storage of a site -> its reads, and their events
+        self.changed: dict[
+            Root, frozenset[Root]
+        ] = {}  # storage of a gradient -> those of the values set there
+        self.last_set: dict[Root, int] = {}  # storage of a site or gradient -> the latest write to it
         self.last_edit: dict[Root, int] = {}  # storage -> the in-place op that made its latest version
-
-    def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
         for position, node in enumerate(self.flat.nodes):
             needs = set(node.refs())
             edits = {self.last_edit[root] for r in needs for root in self.roots[r] if root in self.last_edit}
@@ -145,6 +192,7 @@ class _Builder:
             gets: frozenset[int] = frozenset()
             edited: frozenset[Root] = frozenset()
             made: Made | None = None
+            base: int | None = None
             if node.op in (GET, SET, ORIGINAL):
                 when, roots, gets = self._site(position, node, when)
                 if node.op == GET:
@@ -159,21 +207,22 @@ class _Builder:
                 source, alias = aliased(node, bound[position])
                 if source is not None and alias is not Alias.FRESH:
                     roots = self.roots[source] | (roots if alias is Alias.MAYBE_VIEW else frozenset())
-                    gets = self.gets[source]
+                    gets, base = self.gets[source], source
                 if source is not None and alias is Alias.INPLACE:
                     edited = roots
                     self._edit_in_time(position, when, gets)
                     self.last_edit.update(dict.fromkeys(edited, position))
             elif node.op == APPLY and returns_its_input(node.args[0].path, self.card):
-                source = next(node.refs())
-                roots, gets = self.roots[source], self.gets[source]
+                base = next(node.refs(), None)
+                if base is not None:
+                    roots, gets = self.roots[base], self.gets[base]
             self.ready.append(when)
             self.made.append(made or (when, position))
             self.roots.append(roots)
             self.gets.append(gets)
             self.effects.append(edited)
+            self.bases.append(base)
         self.passing.require_no_site_inside_a_skipped_module()
-        return Timeline(tuple(self.ready), tuple(self.roots), tuple(self.effects), self.packed, self.clock)
 
     def _site(self, position: int, node: Node, when: int) -> tuple[int, frozenset[Root], frozenset[int]]:
         event = self.passing.touch(position, node)
@@ -181,17 +230,35 @@ class _Builder:
             return event, frozenset([("node", position)]), frozenset()
         site = _site_root(self.card, node.region, node.site)
         roots = frozenset([site])
+        gets = frozenset([position])
         if node.op == GET:  # after a write it names the tensor written
-            return event, roots | self.written.get(site, roots), frozenset([position])
+            self.reads.setdefault(site, []).append((position, event))
+            before = [w for w in self.writes.get(site, ()) if w.shows_at(event, position)]
+            for write in (*before, *self.ahead.get(position, ())):
+                roots, gets = roots | write.roots, gets | write.gets
+            return event, roots, gets
         if when > event:
             raise self._too_late(position)
-        self._write(position, site, roots)
-        return event, roots, frozenset([position])
+        given = frozenset().union(*(self.roots[r] for r in node.refs()))
+        named = frozenset().union(*(self.gets[r] for r in node.refs()))
+        write = _Write(position, event, self._until(node, event), given, named)
+        self.writes.setdefault(site, []).append(write)
+        self.last_set[site] = position
+        return event, roots, gets
 
-    def _write(self, position: int, root: Root, roots: frozenset[Root]) -> None:
-        self.last_set[root] = position
-        given = [self.roots[r] for r in refs(self.flat.nodes[position].args[-1])]
-        self.written[root] = self.written.get(root, roots).union(*given)
+    def _until(self, node: Node, event: int) -> int:
+        """The last event at which the model may show what was set at a site: what a module is given, only it
+        sees, unless it gives it back."""
+        call = self.card.call_at(node.site)
+        assert call is not None
+        leaf = site_leaf(self.card, node.site)
+        given_back = any(
+            isinstance(found, TensorLeaf) and leaf is not None and found.object in (None, leaf.object)
+            for _, found in leaves(call.output)
+        )
+        if node.site.kind != "input" or given_back:
+            return self.clock.end
+        return event + (call.exit - call.enter) * self.card.insides.scale
 
     def _gradient(self, position: int, node: Node, when: int) -> tuple[int, frozenset[Root], frozenset[int]]:
         if node.op == BACKWARD:
@@ -215,14 +282,16 @@ class _Builder:
         root: Root = ("grad", number, self.made[value])
         roots = frozenset([root])
         if node.op == GRAD:
-            return event, roots | self.written.get(root, roots), frozenset([position])
+            return event, roots | self.changed.get(root, roots), frozenset([position])
         if when > event:
             raise OrderError(
                 f"the gradient of {name_of(self.flat, value)} is set to a value that needs "
                 f"{self._latest(position)}, which the backward pass makes only later",
                 node=self.flat.origin[position],
             )
-        self._write(position, root, roots)
+        self.last_set[root] = position
+        given = [self.roots[r] for r in refs(node.args[-1])]
+        self.changed[root] = self.changed.get(root, roots).union(*given)
         return event, roots, frozenset([position])
 
     def _first_reads(self) -> dict[Root, Made]:
@@ -291,6 +360,15 @@ class _Builder:
                 if node.op in (GET, ORIGINAL, GRAD) and self.ready[wait] > best[0]:
                     best = (self.ready[wait], name_of(self.flat, wait))
         return best[1]
+
+
+def keeps_literals(node: Node, bound: dict[str, Any] | None) -> bool:
+    """Whether a literal that a node takes may live on in what it gives, where a later edit would meet it:
+    each use of a literal is a tensor of its own."""
+    if node.op in CORE_OPS:
+        return node.op in (SET, APPLY)
+    source, alias = aliased(node, bound)
+    return source is None and alias is not Alias.FRESH
 
 
 def _site_root(card: ModelCard, trace: int, site: Site) -> Root:

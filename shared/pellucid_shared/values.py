@@ -183,6 +183,15 @@ def refs(value: Value) -> Iterator[int]:
             yield from refs(item)
 
 
+def tensors(value: Value) -> Iterator[str]:
+    """The digests of the literals in ``value``, in order, with repeats."""
+    if isinstance(value, TensorRef):
+        yield value.digest
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
 def contains(value: Value, kind: type | tuple[type, ...]) -> bool:
     """Whether a part of ``value`` is an instance of ``kind``."""
     if isinstance(value, kind):

@@ -8,9 +8,9 @@ older version, a copy is made just before the op, and that node reads the copy.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from pellucid_shared.card import ModelCard
 from pellucid_shared.check import Checked
@@ -29,8 +29,9 @@ from pellucid_shared.graph import (
     SKIP,
     Node,
 )
-from pellucid_shared.storage import Root
-from pellucid_shared.values import RESULT, Ref, TensorRef
+from pellucid_shared.ops import Alias, lookup
+from pellucid_shared.storage import Root, keeps_literals
+from pellucid_shared.values import RESULT, Ref, TensorRef, tensors
 
 from . import acts, emit
 from .backward import Gradients
@@ -43,10 +44,23 @@ def compile_graph(checked: Checked, card: ModelCard, runtime: emit.Runtime) -> P
     return _Compiler(checked, card, runtime).plan()
 
 
+class _Slot:
+    """A slot that is there once its number is asked for; ``made`` is told it then."""
+
+    def __init__(self, new: Callable[[], int], made: Callable[[int], None]) -> None:
+        self._new, self._made = new, made
+
+    @cached_property
+    def number(self) -> int:
+        number = self._new()
+        self._made(number)
+        return number
+
+
 class _Compiler:
     def __init__(self, checked: Checked, card: ModelCard, runtime: emit.Runtime) -> None:
         self.flat, self.card, self.runtime = checked.flat, card, runtime
-        self.timeline = checked.timeline
+        self.timeline, self.bound = checked.timeline, checked.bound
         self.needed = sorted(needed_nodes(self.flat, self.timeline))
         self.gradients = Gradients(self.flat, self.timeline, card, self.needed)
         self.effects = [i for i in self.needed if self.timeline.effects[i]]
@@ -58,17 +72,22 @@ class _Compiler:
         self.shown = Counter(ref for save in saves for ref in save.refs())
         self.slots = len(self.flat.nodes)
         self.literals: dict[str, int] = {}
+        self.own: dict[tuple[int, str], int] = {}  # (node, digest) -> slot of its own copy of that literal
         self.older: dict[tuple[int, int], int] = {}  # (reader, node it reads) -> slot of the version it wants
-        self.copies: dict[int, list[tuple[int, int]]] = defaultdict(
-            list
-        )  # effect -> [(node, slot of its copy)]
+        #: View -> the same view of an older version: (what it is a view of, slot of the older version, slot).
+        self.views: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        self.fallbacks: dict[int, int] = {}  # what may be a view or a copy -> slot of the older version of it
+        #: Node -> copies made before it: (slot, slot of its copy).
+        self.copies: dict[int, list[tuple[int, int]]] = defaultdict(list)
 
     def plan(self) -> Plan:
         self._keep_older_versions()
+        self._copy_literals()
         timed: list[tuple[int, int, Instruction]] = []  # (when, order within the event, instruction)
         for position in self.needed:
             node, when = self.flat.nodes[position], self._when(position)
             timed += [(when, position, emit.copy(position, *pair)) for pair in self.copies[position]]
+            timed += [(when, position, self._view(position, *view)) for view in self.views[position]]
             # A save shows the last version, so it comes after everything else of its event; an original is
             # from before everything.
             late = len(self.flat.nodes) * ((node.op == SAVE) - (node.op == ORIGINAL))
@@ -122,14 +141,45 @@ class _Compiler:
         for effect in sorted(self.effects, key=lambda e: (ready[e], e)):
             sources = {s for root in self.timeline.effects[effect] for s in holders[root]}
             for source in sorted(s for s in sources if (ready[s], s) < (ready[effect], effect)):
-                copied: int | None = None
-                for reader in readers[source]:
-                    late = reader < effect and ready[reader] > ready[effect]
-                    if late and (reader, source) not in self.older:
-                        if copied is None:
-                            copied = self._new_slot()
-                            self.copies[effect].append((source, copied))
-                        self.older[reader, source] = copied
+                copied = _Slot(self._new_slot, partial(self._copy, effect, source))
+                self._read_older(effect, source, copied, readers)
+
+    def _read_older(
+        self, effect: int, source: int, older: _Slot, readers: Mapping[int, Sequence[int]]
+    ) -> None:
+        """Let what stands before an edit and runs after it read an older version of ``source``. A view goes
+        with what it is a view of; those that read it get the same view of the older version."""
+        ready = self.timeline.ready
+        for reader in readers[source]:
+            if reader >= effect or ready[reader] <= ready[effect]:
+                continue
+            if self.timeline.bases[reader] == source:
+                again = _Slot(self._new_slot, partial(self._view_again, reader, source, older))
+                if self._may_copy(reader):
+                    self.fallbacks.setdefault(reader, again.number)
+                self._read_older(effect, reader, again, readers)
+            elif (reader, source) not in self.older:
+                self.older[reader, source] = older.number
+
+    def _copy(self, effect: int, source: int, slot: int) -> None:
+        self.copies[effect].append((source, slot))
+
+    def _view_again(self, view: int, source: int, older: _Slot, slot: int) -> None:
+        self.views[view].append((source, older.number, slot))
+
+    def _may_copy(self, position: int) -> bool:
+        """Whether a node's value is a view of what it takes, or a copy of it: torch decides."""
+        node, bound = self.flat.nodes[position], self.bound[position]
+        return node.op != APPLY and bound is not None and lookup(node.op).alias_of(bound) is Alias.MAYBE_VIEW
+
+    def _copy_literals(self) -> None:
+        """Give each node in whose value a literal may live on a copy of it."""
+        for position in self.needed:
+            node = self.flat.nodes[position]
+            if keeps_literals(node, self.bound[position]):
+                for digest in dict.fromkeys(tensors([*node.args, *node.kwargs.values()])):
+                    self.own[position, digest] = self._new_slot()
+                    self.copies[position].append((self._literal(digest), self.own[position, digest]))
 
     def _freeing(self, instructions: list[Instruction]) -> list[Instruction]:
         """The same instructions, each freeing the slots it is the last to read (or to fill in vain)."""
@@ -168,7 +218,18 @@ class _Compiler:
             return acts.act(position, node, slot_of, self.card)
         if node.op == PARAM:
             return emit.parameter(position, node, self._leaves_the_graph(position), self.runtime)
-        return emit.call(position, node, slot_of, self.runtime)
+        made = emit.call(position, node, slot_of, self.runtime)
+        older = self.fallbacks.get(position)
+        return made if older is None else emit.view_or(made, self.timeline.bases[position], older)
+
+    def _view(self, position: int, source: int, older: int, out: int) -> Instruction:
+        """A view that a node makes, made of an older version of what it is a view of."""
+        slot_of = self._slots_for(position)
+
+        def with_older(value: Ref | TensorRef) -> int:
+            return older if isinstance(value, Ref) and value.node == source else slot_of(value)
+
+        return replace(emit.call(position, self.flat.nodes[position], with_older, self.runtime), out=out)
 
     def _leaves_the_graph(self, position: int) -> bool:
         """Whether a value's storage is edited, or reaches the model, where it might be."""
@@ -186,11 +247,15 @@ class _Compiler:
         def slot_of(value: Ref | TensorRef) -> int:
             if isinstance(value, Ref):
                 return self.older.get((reader, value.node), value.node)
-            if value.digest not in self.literals:
-                self.literals[value.digest] = self._new_slot()
-            return self.literals[value.digest]
+            own = self.own.get((reader, value.digest))
+            return self._literal(value.digest) if own is None else own
 
         return slot_of
+
+    def _literal(self, digest: str) -> int:
+        if digest not in self.literals:
+            self.literals[digest] = self._new_slot()
+        return self.literals[digest]
 
     def _new_slot(self) -> int:
         self.slots += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pellucid_shared.graph import APPLY, Node
@@ -74,6 +75,27 @@ def parameter(position: int, node: Node, copied: bool, runtime: Runtime) -> Call
 def copy(position: int, source: int, out: int) -> Call:
     """The instruction that keeps the present version of a slot."""
     return Call(position, _clone, (None,), {}, ((0, source),), None, out, (source,))
+
+
+def view_or(made: Call, base: int | None, older: int) -> Call:
+    """The instruction of what torch makes a view or a copy: where it is a copy, the value is what slot
+    ``older`` holds, which was made of the version the node stands behind."""
+    assert base is not None
+    inner = replace(made, frees=())
+
+    def either(slots: Slots) -> tuple[list[Any], dict[str, Any]]:
+        args, kwargs = inner.build(slots) if inner.build else (list(inner.args), dict(inner.kwargs))
+        for position, slot in inner.fills:
+            args[position] = slots[slot]
+        return [slots[base], slots[older], args, kwargs], {}
+
+    def function(source: Any, copied: Any, args: Any, kwargs: Any) -> Any:
+        found = made.function(*args, **kwargs)
+        return found if found.untyped_storage()._cdata == source.untyped_storage()._cdata else copied
+
+    return replace(
+        made, function=function, args=(), kwargs={}, fills=(), build=either, reads=(*made.reads, base, older)
+    )
 
 
 def builder(value: Value) -> Callable[[Slots], Any]:

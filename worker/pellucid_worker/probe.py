@@ -34,7 +34,7 @@ from . import packed
 from .inputs import alone, rows
 from .inputs import packed as packed_inputs
 from .inside_probe import Bodies, Run, record_inside
-from .tensors import dtype_name
+from .tensors import Memory, dtype_name, memory
 
 _SIZES = ((3, 7), (5, 11))
 _RAGGED = (5, 9)
@@ -173,7 +173,7 @@ def _calls(
     given = [copy.deepcopy(dict(a)) for a in arguments] if again else arguments
     small, large = (record(model, each)[0] for each in given)
     others = {(c.module, c.call): c for c in large}
-    objects: dict[int, int] = {}
+    objects: dict[Memory, int] = {}
     return tuple(
         Call(
             module=c.module,
@@ -208,10 +208,10 @@ def _packed_run(model: torch.nn.Module, calls: tuple[Call, ...]) -> Run:
         return record_inside(model, arguments, calls)
 
 
-def _structure(small: Any, large: Any, objects: dict[int, int]) -> Structure:
+def _structure(small: Any, large: Any, objects: dict[Memory, int]) -> Structure:
     """What two runs of different sizes show of one value."""
     if isinstance(small, torch.Tensor):
-        number = objects.setdefault(id(small), len(objects))
+        number = objects.setdefault(memory(small), len(objects))
         return TensorLeaf(shape=_axes(small, large), dtype=dtype_name(small.dtype), object=number)
     if isinstance(small, list | tuple):
         members = tuple(_structure(a, b, objects) for a, b in zip(small, large, strict=False))

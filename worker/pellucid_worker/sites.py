@@ -15,6 +15,7 @@ import torch
 from pellucid_shared.values import Site
 
 from .inputs import Segment
+from .tensors import Memory, memory
 
 
 class View(Protocol):
@@ -77,21 +78,35 @@ class ResultView:
 class Privates:
     """The private tensors of the invokes of a packed pass, by the model's tensor they are part of.
 
-    One object inside the model is one private tensor of each invoke; an entry lives as long as the model
-    keeps its tensor.
+    One tensor inside the model, and any view of all of it, is one private tensor of each invoke; an entry
+    lives as long as the model keeps such a tensor.
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[weakref.ref[torch.Tensor], dict[int, torch.Tensor]]] = {}
+        self._found: dict[Memory, tuple[dict[int, weakref.ref[torch.Tensor]], dict[int, torch.Tensor]]] = {}
 
     def of(self, tensor: torch.Tensor) -> dict[int, torch.Tensor]:
         """Invoke -> its private part of ``tensor``; filled by the caller."""
-        key = id(tensor)
-        entry = self._found.get(key)
-        if entry is None or entry[0]() is not tensor:
-            entry = (weakref.ref(tensor, lambda _: self._found.pop(key, None)), {})
-            self._found[key] = entry
-        return entry[1]
+        key, name = memory(tensor), id(tensor)
+        holders, own = self._found.setdefault(key, ({}, {}))
+
+        def gone(ref: weakref.ref[torch.Tensor]) -> None:
+            if holders.get(name) is ref:
+                del holders[name]
+            if not holders and self._found.get(key, (None,))[0] is holders:
+                del self._found[key]
+
+        if name not in holders or holders[name]() is not tensor:
+            holders[name] = weakref.ref(tensor, gone)
+        return own
+
+    def homes(self, invoke: int, private: torch.Tensor) -> list[torch.Tensor]:
+        """The model's tensors that a private tensor is part of."""
+        found = []
+        for holders, own in list(self._found.values()):
+            if own.get(invoke) is private:
+                found += [tensor for ref in list(holders.values()) if (tensor := ref()) is not None][:1]
+        return found
 
 
 class PackedView:
@@ -125,10 +140,10 @@ class PackedView:
 
     def flush(self) -> None:
         for path, invokes in self._edited.items():
-            whole = member(self.value, path)
-            own = self._privates.of(whole)
+            own = self._privates.of(member(self.value, path))
             for invoke in invokes:
-                part(whole, self._segments[invoke]).copy_(own[invoke])
+                for home in self._privates.homes(invoke, own[invoke]):
+                    part(home, self._segments[invoke]).copy_(own[invoke])
         for path, values in self._replaced.items():
             whole = member(self.value, path)
             new = whole.clone()  # a replacement is the model's next value here, not an edit of this one

@@ -19,6 +19,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
+#: Where a tensor lies: its storage, and its offset, shape and strides there.
+Memory = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def memory(tensor: torch.Tensor) -> Memory:
+    """What two tensors share that are one, or of which one is a view of all of the other."""
+    tensor = getattr(tensor, "meta", tensor)  # one without numbers (meta.py) lies where its shape does
+    place = tensor.untyped_storage()._cdata
+    return place, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
 def to_wire(tensor: torch.Tensor) -> WireTensor:
     """The bytes of a tensor, over its own memory where it is contiguous and on the CPU."""
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
