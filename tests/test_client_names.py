@@ -113,8 +113,8 @@ def test_modules_and_sites_are_looked_up_by_path(model: Any, plain: Any) -> None
     [
         ("layers.0.mpl", UnknownModuleError, "'transformer.h.0.mpl'. Nearest: transformer.h.0.mlp"),
         ("layers.7.output", IndexOutOfRangeError, r"transformer.h\[7\] is out of range"),
-        ("layers.0.trace", UnknownModuleError, "no module 'transformer.h.0.trace'"),
-        ("layers.0.output.mlp", UnknownModuleError, "no module 'transformer.h.0.output'"),
+        ("layers.0.trace", UnknownModuleError, "no module or parameter 'transformer.h.0.trace'"),
+        ("layers.0.output.mlp", UnknownModuleError, "no module or parameter 'transformer.h.0.output'"),
         ("", InputError, "looked up by its path"),
         (3, InputError, "looked up by its path"),
     ],

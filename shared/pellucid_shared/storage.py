@@ -320,7 +320,8 @@ class _Builder:
         for get in gets:
             node = self.flat.nodes[get]
             moved = "the backward pass" if node.op == GRAD else "the model"
-            if when > self.ready[get]:
+            event = self.ready[get] if node.op == GRAD else self.clock.at(node.region, node.site)
+            if when > event:
                 raise OrderError(
                     f"this edits {name_of(self.flat, get)} in place, but can run only after {moved} has "
                     f"moved on: it needs {self._latest(position)}. Edit a copy instead: take .clone() of the "
