@@ -15,9 +15,11 @@ from pellucid_shared.values import Device, DType, Ref
 
 from . import _values
 from ._backend import backend
+from ._carry import Carry
 from ._lines import users_line
 from ._recorder import Recorder, active
 from ._structure import DictValue, Unread, named_tuple
+from ._turns import Number
 from ._value import Value
 
 #: The longest index tensor of the user's that is written as a list.
@@ -178,6 +180,10 @@ def graph_value(value: Any, recorder: Recorder) -> Any:
         return value.ref(recorder)
     if isinstance(value, Unread):
         return graph_value(value.read_all(), recorder)
+    if isinstance(value, Number):
+        return value.ref(recorder)
+    if isinstance(value, Carry):
+        return graph_value(value.value, recorder)
     if value is None or value is Ellipsis or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float | complex):

@@ -10,7 +10,7 @@ from pellucid_shared.errors import NotYetError
 from ._lines import users_line
 
 _NO_GRADIENTS = "gradients; this version reads and writes values only"
-_NO_FLOW = "control flow on values; use torch.where(condition, a, b)"
+_NO_FLOW = "control flow on values in Python's own words; write tracer.cond(flag) and tracer.loop(n)"
 _LANGUAGE_MODELS = "this version has LanguageModel, for causal language models"
 
 #: Name -> what it is, and what to do instead.
@@ -59,14 +59,9 @@ TRACER = {
     "print": "values shown while the model runs; save them and print them after the block",
     "apply": "functions over values; call the function itself, it is recorded as it runs",
     "barrier": "it is not needed: values cross from one invoke to the next by their names",
-    "cond": _NO_FLOW,
-    "select": _NO_FLOW,
-    "loop": "loops on the server; a Python loop over a known count is recorded turn by turn",
-    "while_": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "invoke()": "a body over the whole batch; give it an input",
 }
 SESSION = {
-    "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "parameter": _NO_GRADIENTS,
     "log": TRACER["log"],
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pellucid_shared.errors import GraphError
-from pellucid_shared.graph import SAVE, Each
+from pellucid_shared.graph import SAVE
 
 from ._backend import backend
 from ._call import graph_value, recorder_of, values_in
@@ -25,9 +25,9 @@ def save(value: Any, name: str | None = None) -> Any:
         name: the name it comes back under; left out, ``saved_0``, ``saved_1``, ... in program order.
 
     Returns:
-        The value itself; in a body for several steps of generation a list, which then has an entry for each
-        step. After the block a tensor is a ``torch.Tensor`` where torch is installed, and
-        behaves as a numpy array elsewhere; ``.value`` is the plain thing everywhere.
+        The value itself; in a loop, or a body for several steps of generation, a list, which then has an
+        entry for each turn or step that ran. After the block a tensor is a ``torch.Tensor`` where torch is
+        installed, and behaves as a numpy array elsewhere; ``.value`` is the plain thing everywhere.
 
     Raises:
         RecordingError: no trace is open.
@@ -37,8 +37,7 @@ def save(value: Any, name: str | None = None) -> Any:
         value = value.read_all()
     recorder = recorder_of(value) or active()
     value = wrapped(value)
-    by_step = isinstance(recorder.here, Each) and not recorder.here.single
-    kept = StepList(recorder, repr(value)) if by_step else value
+    kept = StepList(recorder, repr(value)) if recorder.repeats() else value
     save_node(recorder, kept, graph_value(value, recorder), name)
     return kept
 
@@ -60,8 +59,13 @@ def fill(recorder: Recorder, results: Mapping[str, Any]) -> None:
     for name, node in recorder.save_names.items():
         if name in results:
             _fill(recorder.saved[node], results[name])
+        elif isinstance(recorder.saved[node], StepList):
+            recorder.saved[node].fill([])  # of turns that were none
         else:
-            recorder.lost |= {value.ref(recorder).node for value in values_in(recorder.saved[node])}
+            lost = "it was saved in a branch that did not run"
+            if not recorder.in_branch(node):
+                lost = "the generation ended before its step"
+            recorder.lost |= {value.ref(recorder).node: lost for value in values_in(recorder.saved[node])}
 
 
 def _fill(value: Any, result: Any) -> None:

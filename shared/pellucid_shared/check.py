@@ -21,6 +21,7 @@ from .errors import (
     did_you_mean,
 )
 from .flat import Flat, flatten, split
+from .flow import FLAT_OPS, FLOW_OPS, infer
 from .graph import APPEND, APPLY, GET, LIST, SAVE, SET, Graph, Node
 from .ops import Cost, lookup
 from .regions import Trace
@@ -121,6 +122,8 @@ def check_node(
     kwargs = {k: substitute(v, resolve) for k, v in node.kwargs.items()}
     if node.op == SAVE:
         return None, None, Cost(0, _nbytes(args[0]))
+    if node.op in FLOW_OPS or node.op in FLAT_OPS:
+        return infer(node.op, args), None, Cost(0, 0)
     if node.op in (LIST, APPEND):  # a flat graph has none; while one is written its length is nobody's
         return [], None, Cost(0, 0)
     if node.op == APPLY:

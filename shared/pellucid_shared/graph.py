@@ -1,6 +1,7 @@
 """The intervention graph: nodes in program order, regions, and its one canonical JSON.
 
-A node's id is its position. Six op ids are the graph's own; every other is in the op registry:
+A node's id is its position. Six op ids are the graph's own, and those of control flow (``flow.py``); every
+other is in the op registry:
 
     site.get(site)                      read a tensor where the model makes it
     site.set(site, value)               replace it; yields nothing
@@ -21,12 +22,14 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .errors import GraphError, LimitError
+from .flow import FLOW_OPS
 from .regions import (
     Each,
     Generation,
     Invoke,
     Region,
     Trace,
+    above,
     bad,
     decode_region,
     encode_region,
@@ -44,7 +47,7 @@ _BRACKETS = re.compile(r"[\[\]{}]")
 
 GET, SET, APPLY, SAVE = "site.get", "site.set", "module.apply", "save"
 LIST, APPEND = "list.new", "list.append"
-CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND)
+CORE_OPS = frozenset((GET, SET, APPLY, SAVE, LIST, APPEND, *FLOW_OPS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +140,12 @@ class Graph:
 
     @property
     def traces(self) -> tuple[Trace, ...]:
-        """Its forward passes and generations, in order."""
+        """Its forward passes and generations, in order, as they are written."""
         return tuple(trace for _, trace in traces(self.regions))
 
     def trace_of(self, region: int) -> int:
-        """Index among the regions of the trace that a region is, or stands in."""
-        found = self.regions[region]
-        return found.parent if isinstance(found, Each) else region
+        """Index among the regions of the trace that a region is, or stands in; -1: it is outside all."""
+        return next((r for r in above(self.regions, region) if isinstance(self.regions[r], Trace)), -1)
 
     def sites(self) -> dict[int, Site]:
         """Position of each node that touches a site -> that site."""

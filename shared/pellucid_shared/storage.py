@@ -11,9 +11,10 @@ from .card import ModelCard, TensorLeaf, leaf_at
 from .clock import Clock
 from .errors import OrderError
 from .flat import Flat
+from .flow import EITHER, FLAG, FLAT_OPS, KEPT
 from .graph import APPLY, GET, SAVE, SET, Node
 from .ops import Alias, lookup
-from .values import RESULT, Ref, Site
+from .values import RESULT, Ref, Site, refs
 
 #: A storage: ("node", position) for what a node allocates, ("site", trace, invoke, step, object) for the
 #: model's own.
@@ -91,10 +92,11 @@ class _Builder:
         self.waits: list[set[int]] = []  # what a node runs after: the values it takes, and edits of them
         self.written: dict[Root, frozenset[Root]] = {}  # storage of a site -> those of the values set there
         self.last_edit: dict[Root, int] = {}  # storage -> the in-place op that made its latest version
+        self.chosen: dict[Root, list[int]] = {}  # storage -> nodes that name it or another
 
     def build(self, bound: Sequence[dict[str, Any] | None]) -> Timeline:
         for position, node in enumerate(self.flat.nodes):
-            needs = set(node.refs())
+            needs = set(self.flat.needs(position))
             edits = {self.last_edit[root] for r in needs for root in self.roots[r] if root in self.last_edit}
             self.waits.append(needs | edits)
             when = max((self.ready[w] for w in self.waits[position]), default=-1)
@@ -103,13 +105,18 @@ class _Builder:
             edited: frozenset[Root] = frozenset()
             if node.op in (GET, SET):
                 when, roots, gets = self._site(position, node, when)
-            elif node.op not in (APPLY, SAVE):
+            elif node.op in (EITHER, KEPT):
+                roots, gets = self._chosen(position, node)
+            elif node.op not in (APPLY, SAVE, FLAG) and node.op not in FLAT_OPS:
                 source, alias = _aliased(node, bound[position])
                 if source is not None and alias is not Alias.FRESH:
                     roots = self.roots[source] | (roots if alias is Alias.MAYBE_VIEW else frozenset())
                     gets = self.gets[source]
                 if source is not None and alias is Alias.INPLACE:
                     edited = roots
+                    # What may name it by now has to, before it is edited.
+                    self.waits[position] |= {c for root in roots for c in self.chosen.get(root, ())}
+                    when = max([when, *(self.ready[w] for w in self.waits[position])])
                     self._edit_in_time(position, when, gets)
                     self.last_edit.update(dict.fromkeys(edited, position))
             elif node.op == APPLY and returns_its_input(node.args[0].path, self.card):
@@ -132,16 +139,31 @@ class _Builder:
         self.written[site] = self.written.get(site, roots).union(*(self.roots[r] for r in node.refs()))
         return event, roots, frozenset([position])
 
+    def _chosen(self, position: int, node: Node) -> tuple[frozenset[Root], frozenset[int]]:
+        """A node that is one of its last two arguments."""
+        values = set(refs(list(node.args[-2:])))
+        roots = frozenset([("node", position)]).union(*(self.roots[v] for v in values))
+        for root in roots:
+            self.chosen.setdefault(root, []).append(position)
+        return roots, frozenset[int]().union(*(self.gets[v] for v in values))
+
     def _edit_in_time(self, position: int, when: int, gets: frozenset[int]) -> None:
         for get in gets:
             node = self.flat.nodes[get]
             site = node.site
             if when > self.clock.at(node.region, site):
+                remedy = "Edit a copy instead: take .clone() of the value first"
+                if self._waits_for_condition(position, self.clock.at(node.region, site)):
+                    remedy = "Its condition can use only what exists when the model reaches it"
                 raise OrderError(
                     f"this edits {site} in place, but can run only after the model has moved on: it needs "
-                    f"{self._latest(position)}. Edit a copy instead: take .clone() of the value first",
+                    f"{self._latest(position)}. {remedy}",
                     node=self.flat.origin[position],
                 )
+
+    def _waits_for_condition(self, position: int, event: int) -> bool:
+        """Whether it is a node's conditions, and not its values, that come too late."""
+        return all(self.ready[r] <= event for r in self.flat.nodes[position].refs())
 
     def _too_late(self, position: int) -> OrderError:
         why = (
@@ -149,10 +171,13 @@ class _Builder:
             if self.packed[self.flat.nodes[position].region]
             else " (these invokes run one after another: they touch sites that cannot share a pass)"
         )
+        node = self.flat.nodes[position]
+        late = self._waits_for_condition(position, self.clock.at(node.region, node.site))
+        how = "under a condition" if late else "with a value"
         return OrderError(
-            f"{self.flat.nodes[position].site} is written with a value that needs {self._latest(position)}, "
+            f"{node.site} is written {how} that needs {self._latest(position)}, "
             f"which the model makes only later{why}. "
-            "A write can use only what exists when the model reaches it",
+            f"{'Its condition' if late else 'A write'} can use only what exists when the model reaches it",
             node=self.flat.origin[position],
         )
 

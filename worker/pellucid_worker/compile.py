@@ -20,8 +20,9 @@ from pellucid_shared.storage import Root
 from pellucid_shared.values import RESULT, Ref, TensorRef
 
 from . import emit
+from .guards import guarded
 from .liveness import needed_nodes
-from .plan import Event, Get, Group, Instruction, Pass, Plan, Save, Set
+from .plan import Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set
 
 
 def compile_graph(checked: Checked, card: ModelCard, runtime: emit.Runtime) -> Plan:
@@ -56,7 +57,9 @@ class _Compiler:
             timed += [(when, position, emit.copy(position, *pair)) for pair in self.copies[position]]
             # A save shows the last version, so it comes after everything else of its event.
             late = len(self.flat.nodes) if node.op == SAVE else 0
-            timed.append((when, position + late, self._instruction(position, node)))
+            made = self._instruction(position, node)
+            conditions = self.flat.guards.get(position)
+            timed.append((when, position + late, guarded(made, conditions) if conditions else made))
         timed.sort(key=lambda entry: entry[:2])
         by_time: dict[int, list[Instruction]] = defaultdict(list)
         for (when, _, _), instruction in zip(timed, self._freeing([i for _, _, i in timed]), strict=True):
@@ -116,7 +119,7 @@ class _Compiler:
 
     # --- instructions --------------------------------------------------------------------------------------
 
-    def _instruction(self, position: int, node: Node) -> Instruction:
+    def _instruction(self, position: int, node: Node) -> Call | Get | Set | Save:
         slot_of = self._slots_for(position)
         if node.op == GET:
             when, roots = self.timeline.ready[position], self.timeline.roots[position]

@@ -16,20 +16,15 @@ from pellucid_shared.values import RESULT, ModuleRef, Site
 
 from . import inputs, packed
 from .decode import Decoding
+from .guards import MISSING, by_turn, takes_missing
 from .inputs import Rows, Segment
-from .plan import Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots
+from .plan import Call, Event, Get, Group, Guarded, Instruction, Pass, Plan, Save, Set, Slots
 from .sites import PackedView, Privates, ResultView, View, WholeView
 
 
 class _StopPassError(BaseException):
     """Unwinds the forward once nothing more of it is needed; no model code can mistake it for its own."""
 
-
-class _Missing:
-    """In a slot: what would have been made at a step that never ran."""
-
-
-_MISSING = _Missing()
 
 #: Told of the run as it goes: "token" with the trace, the step, and each live invoke's new ids.
 Notify = Callable[[str, dict[str, Any]], None]
@@ -63,7 +58,10 @@ class Run:
         self._muted = False
         self._ended: dict[tuple[int, int], int] = {}  # (trace, invoke) whose generation ended -> steps it had
         self._results: dict[tuple[int, int], torch.Tensor] = {}
-        self._saved: dict[str, Any] = {to.name: [] for to in plan.flat.saves.values() if to.listed}
+        self._saved: dict[str, Any] = {}
+        self._listed: dict[str, list[tuple[tuple[int, ...], Any]]] = {
+            to.name: [] for to in plan.flat.saves.values() if to.turns
+        }
 
     def execute(self) -> dict[str, Any]:
         """Run every pass; what was saved, by name."""
@@ -75,7 +73,7 @@ class Run:
             else:
                 self._generate(group, trace.generation)
             self._carry_out(group.after, ResultView(group.trace, self._results))
-        return self._saved
+        return self._saved | {name: by_turn(entries) for name, entries in self._listed.items()}
 
     def apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """Call a module of the model with every hook of this run off."""
@@ -219,7 +217,7 @@ class Run:
             for instruction in instructions:
                 if self._ended and self._is_missing(instruction):
                     if isinstance(instruction, Call | Get):
-                        slots[instruction.out] = _MISSING
+                        slots[instruction.out] = MISSING
                     continue
                 if type(instruction) is Call:
                     if instruction.build is None:
@@ -238,6 +236,11 @@ class Run:
                     view.set(instruction.site, instruction.build(slots), instruction.copied)
                 elif type(instruction) is Save:
                     self._save(instruction)
+                elif type(instruction) is Guarded:
+                    if instruction.holds(slots):
+                        self._carry_out((instruction.inner,), view)
+                    elif isinstance(instruction.inner, Call | Get):
+                        slots[instruction.out] = MISSING
                 for slot in instruction.frees:
                     slots[slot] = None
         except PellucidError as error:
@@ -250,6 +253,8 @@ class Run:
 
     def _is_missing(self, instruction: Instruction) -> bool:
         """Whether an instruction belongs to a step that never ran; where that step had to run, an error."""
+        if takes_missing(instruction):
+            return False
         flat, position = self._plan.flat, instruction.node
         node, optional = flat.nodes[position], position in flat.optional
         if node.op in (GET, SET) and node.site.kind != RESULT:
@@ -258,7 +263,7 @@ class Run:
                 if not optional:
                     raise SiteError(f"{node.site} was not reached: the generation ended after {had} steps")
                 return True
-        if not any(self._slots[slot] is _MISSING for slot in instruction.reads):
+        if not any(self._slots[slot] is MISSING for slot in instruction.reads):
             return False
         if node.op == SAVE and flat.saves[position].grown:
             return False
@@ -268,8 +273,8 @@ class Run:
 
     def _save(self, save: Save) -> None:
         value = _taken(save.build(self._slots), save.shared)
-        if save.to.listed:
-            self._saved[save.to.name].append(value)
+        if save.to.turns:
+            self._listed[save.to.name].append((save.to.turns, value))
         else:
             self._saved[save.to.name] = value
 
@@ -299,7 +304,7 @@ def _taken(value: Any, shared: bool) -> Any:
     if isinstance(
         value, list
     ):  # of a list that grew step by step, what steps that never ran would add is left out
-        return [_taken(v, shared) for v in value if v is not _MISSING]
+        return [_taken(v, shared) for v in value if v is not MISSING]
     if isinstance(value, tuple):
         return tuple(_taken(v, shared) for v in value)
     if isinstance(value, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pellucid_shared.flat import Flat
+from pellucid_shared.flow import BOUND
 from pellucid_shared.graph import APPLY, GET, SAVE, SET
 from pellucid_shared.storage import Root, Timeline
 
@@ -15,7 +16,7 @@ def needed_nodes(flat: Flat, timeline: Timeline) -> set[int]:
     reads a site then or later.
     """
     needed: set[int] = set()
-    stack = [i for i, node in enumerate(flat.nodes) if node.op == SAVE]
+    stack = [i for i, node in enumerate(flat.nodes) if node.op in (SAVE, BOUND)]
     roots: set[Root] = set()
     reads: dict[tuple[int, int], int] = {}  # (trace, invoke) -> the last clock position at which it reads
     while stack:
@@ -25,7 +26,7 @@ def needed_nodes(flat: Flat, timeline: Timeline) -> set[int]:
                 continue
             needed.add(position)
             node = flat.nodes[position]
-            stack.extend(node.refs())
+            stack.extend(flat.needs(position))
             roots |= timeline.roots[position]
             if node.op == GET:
                 invoke, when = (node.region, node.site.invoke), timeline.ready[position]
