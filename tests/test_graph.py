@@ -128,7 +128,7 @@ def test_one_and_one_point_zero_and_true_hash_differently() -> None:
         ('{"version":2,"model":"m","regions":[],"nodes":[]}', "version 2 is not known"),
         ('{"version":1,"model":"","regions":[],"nodes":[]}', "names its model"),
         ('{"version":1,"model":"m","regions":{},"nodes":[]}', "are lists"),
-        ('{"version":1,"model":"m","regions":[{"kind":"spiral","invokes":[]}],"nodes":[]}', "'loop'"),
+        ('{"version":1,"model":"m","regions":[{"kind":"spiral","invokes":[]}],"nodes":[]}', "'spiral'"),
         ('{"version":1,"model":"\\ud800","regions":[],"nodes":[]}', "surrogate"),
         ('{"version":1,"model":"m","regions":[],"nodes":[],"x":1}', "has no x"),
     ],

@@ -178,6 +178,7 @@ def loop(recorder: Recorder, over: Any) -> Turns:
     Raises:
         RecordingError: neither a count nor something with a known length.
     """
+    recorder.loop_parent()  # from here on a session may have values outside its traces
     if type(over) is int:
         if not 0 <= over <= MAX_TURNS:
             raise RecordingError(f"a loop has 0 to {MAX_TURNS} turns, found {over}", where=users_line())

@@ -274,7 +274,7 @@ class Recorder:
     def _trace(self, region: int) -> OpenTrace:
         around = (self.regions[r] for r in above(self.regions, region))
         found = next((r for r in around if isinstance(r, OpenTrace)), None)
-        return found if found is not None else self._traces()[-1]
+        return found or next(reversed(self._traces()), OpenTrace(0, None, 0))
 
     def _first_step(self, region: int | None) -> int:
         around = () if region is None else above(self.regions, region)
@@ -464,7 +464,7 @@ class Recorder:
 
     def _sizes(self, start: int) -> list[tuple[int, int]]:
         """(batch, tokens) of each invoke, primes from ``start`` on in place of unknown counts."""
-        if len(self._sized.get(start, ())) != len(self.prompts):
+        if start not in self._sized or len(self._sized[start]) != len(self.prompts):
             self._sized[start] = [
                 (prompt.rows, prime if prompt.tokens is None else prompt.tokens)
                 for prompt, prime in zip(self.prompts, _primes(start), strict=False)

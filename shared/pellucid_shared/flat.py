@@ -85,6 +85,11 @@ class Flat:
         for flag, _ in self.guards.get(position, ()):
             yield flag
 
+    def exclude(self, one: int, other: int) -> bool:
+        """Whether two nodes stand in branches of which one alone runs."""
+        conditions = self.guards.get(other, ())
+        return any((flag, not wanted) in conditions for flag, wanted in self.guards.get(one, ()))
+
 
 def flatten(graph: Graph) -> Flat:
     """Write out a linted graph.
