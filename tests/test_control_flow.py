@@ -258,6 +258,31 @@ def test_an_edit_in_a_branch_is_seen_behind_it_and_not_before(llama: Any) -> Non
         close(after, torch.full((3,), 4.0 if holds else 1.0))
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_what_is_carried_is_a_name_of_the_tensor_itself(llama: Any, holds: bool) -> None:
+    with llama.trace(A) as tracer:
+        loop = tracer.loop(1)
+        x = torch.ones(3)
+        named = loop.carry(torch.zeros(3))
+        with loop, tracer.cond(llama.lm_head.output.mean() * 0 == (0 if holds else 1)):
+            named.set(x)
+        x += 1  # nothing keeps it from running early, but that the carried name may show it
+        shown = (named.value * 1).save()
+    close(shown, torch.full((3,), 2.0 if holds else 0.0))
+
+
+def test_an_edit_waits_for_a_condition_that_names_what_it_edits(llama: Any) -> None:
+    with pytest.raises(OrderError, match=r"edits model.layers.0.output in place.*needs lm_head.output"):
+        with llama.trace(A) as tracer:
+            loop = tracer.loop(1)
+            h = llama.layers[0].output
+            named = loop.carry(torch.zeros(1, 6, 32))
+            with loop, tracer.cond(llama.lm_head.output.mean() > 0):
+                named.set(h)
+            h += 1
+            named.save()
+
+
 def test_select_takes_one_of_two_and_broadcasts(llama: Any, plain_llama: Any) -> None:
     with llama.trace(A) as tracer:
         h = llama.layers[0].output
@@ -504,6 +529,20 @@ def test_until_ends_a_loop_in_the_middle_of_a_turn(llama: Any, plain_llama: Any)
     close(total, expected["total"])
     close(logits, wanted)
     assert len(passed) == len(expected["passed"])
+
+
+def test_a_branch_that_goes_on_behind_the_end_of_its_loop_does_not_run(llama: Any) -> None:
+    with llama.trace(A) as tracer:
+        seen = tracer.list().save()
+        loop = tracer.loop(3)
+        with loop as i:
+            x = torch.full((), 0.0) + i
+            with tracer.cond(x > 5):
+                seen.append("never")
+            loop.until(x == 1)
+            with tracer.cond.else_():
+                seen.append(i)
+    assert seen.value == [0]
 
 
 # --- generation and sessions -------------------------------------------------------------------------------
