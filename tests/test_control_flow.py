@@ -283,6 +283,20 @@ def test_an_edit_waits_for_a_condition_that_names_what_it_edits(llama: Any) -> N
             named.save()
 
 
+def test_a_member_first_reached_for_in_a_branch_is_there_behind_it(llama: Any, plain_llama: Any) -> None:
+    with llama.trace(A) as tracer:
+        attention = llama.layers[0].self_attn.output  # a tuple; its members are read when they are used
+        other = llama.layers[1].self_attn.output
+        with tracer.cond(True):
+            inside = attention[0].sum().save()
+            other[0] = attention[0] * 2
+        behind, old = attention[0].save(), other[0].save()
+    wanted = capture(plain_llama, torch.tensor(A), "model.layers.0.self_attn")
+    close(inside, wanted.sum())
+    close(behind, wanted)
+    close(old, capture(plain_llama, torch.tensor(A), "model.layers.1.self_attn"))
+
+
 def test_select_takes_one_of_two_and_broadcasts(llama: Any, plain_llama: Any) -> None:
     with llama.trace(A) as tracer:
         h = llama.layers[0].output
@@ -334,6 +348,32 @@ def test_a_loop_knows_its_turn(model: Any, plain: Any, name: str) -> None:
         all_close(rest.value, seen["rest"])
         assert number.value == [0, 10, 20, 30]
         close(logits, wanted)
+
+
+def test_what_is_carried_stands_for_its_value(llama: Any, plain_llama: Any) -> None:
+    with llama.trace(A) as tracer:
+        h = llama.layers[0].output[0, :]
+        loop = tracer.loop(h)
+        acc = loop.carry(torch.zeros(32))
+        with loop as row:
+            made = tracer.list()
+            made.append(row.sum())
+            made.append(-acc + 2 * acc)
+            made.save("made")
+            acc += torch.exp(row) + torch.stack([acc, acc]).mean(0)
+            with tracer.cond(acc[0] > 3):
+                acc.value = torch.nn.functional.relu(acc) / 2
+        pellucid.save(acc, "total")
+        total = (acc @ acc).save()
+    wanted = capture(plain_llama, torch.tensor(A), "model.layers.0")[0, :]
+    expected, lists = torch.zeros(32), []
+    for row in wanted:
+        lists.append([row.sum(), expected.clone()])
+        expected = expected + torch.exp(row) + expected
+        if expected[0] > 3:
+            expected = torch.relu(expected) / 2
+    close(total, expected @ expected)
+    all_close(made.value, lists)
 
 
 def test_a_loop_over_values_of_any_kind(llama: Any, plain_llama: Any) -> None:
@@ -776,7 +816,9 @@ def test_a_turn_that_does_not_fit_is_an_error_at_its_line(llama: Any) -> None:
 
 
 def test_a_graph_written_out_too_long_is_refused(llama: Any) -> None:
-    with pytest.raises(LimitError, match="more than 1000000 nodes once its bodies are written out"):
+    with pytest.raises(
+        LimitError, match=r"has 6002000 nodes once its bodies are written out .* at most 1000000"
+    ):
         with llama.trace(A) as tracer, tracer.loop(2000), tracer.loop(1000):
             llama.layers[0].output.save()
 

@@ -21,8 +21,8 @@ _UNARY = ("neg", "abs", "invert", "pos")
 class Carry:
     """``acc = loop.carry(start)``: ``acc.value`` is what it is at that line, ``acc.set(value)`` changes it.
 
-    In arithmetic, and in torch's functions, it stands for its value. Behind the loop it is what the last turn
-    that ran left.
+    In arithmetic, and in torch's functions, it stands for its value, and ``acc += x`` sets it. Behind the
+    loop it is what the last turn that ran left.
     """
 
     def __init__(self, recorder: Recorder, start: Any) -> None:
@@ -112,6 +112,14 @@ def _reflected(function: Callable[[Any, Any], Any]) -> Callable[[Carry, Any], An
     return lambda self, other: function(other, self.value)
 
 
+def _augmented(function: Callable[[Any, Any], Any]) -> Callable[[Carry, Any], Carry]:
+    def set_to(self: Carry, other: Any) -> Carry:
+        self.set(function(self.value, _valued(other)))
+        return self
+
+    return set_to
+
+
 def _unary(function: Callable[[Any], Any]) -> Callable[[Carry], Any]:
     return lambda self: function(self.value)
 
@@ -120,5 +128,6 @@ for _name in (*_OPERATORS, *_COMPARISONS):
     setattr(Carry, f"__{_name.strip('_')}__", _binary(getattr(operator, _name)))
 for _name in _OPERATORS:
     setattr(Carry, f"__r{_name.strip('_')}__", _reflected(getattr(operator, _name)))
+    setattr(Carry, f"__i{_name.strip('_')}__", _augmented(getattr(operator, _name)))
 for _name in _UNARY:
     setattr(Carry, f"__{_name}__", _unary(getattr(operator, _name)))

@@ -10,6 +10,7 @@ from pellucid_shared.graph import SAVE
 
 from ._backend import backend
 from ._call import graph_value, recorder_of, values_in
+from ._carry import Carry
 from ._lines import users_line
 from ._recorder import Recorder, active
 from ._steps import GrowingList, StepList
@@ -35,6 +36,8 @@ def save(value: Any, name: str | None = None) -> Any:
     """
     if isinstance(value, Unread):
         value = value.read_all()
+    if isinstance(value, Carry):
+        value = value.value
     recorder = recorder_of(value) or active()
     value = wrapped(value)
     kept = StepList(recorder, repr(value)) if recorder.repeats() else value

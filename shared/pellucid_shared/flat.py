@@ -141,9 +141,9 @@ class _Flattener:
         self.starts: dict[int, int] = {}  # region of a trace -> position of its first invoke
         for index, _ in traces(graph.regions):
             self.starts[index] = sum(len(t.invokes) for _, t in traces(graph.regions[:index]))
-        self.visited = 0
 
     def flat(self) -> Flat:
+        _require_room(self.graph)
         self._write(0, len(self.graph.nodes), None)
         self._open_traces(None, len(self.graph.regions))
         if not self.traces:  # all of them stand in loops that hold no node
@@ -218,7 +218,6 @@ class _Flattener:
         for turn in range(loop.count):
             if self.going_on[index] is None:
                 break
-            self._visit()
             self.turn[index] = turn
             self.turns.append(turn)
             self._write(start, stop, index)
@@ -290,7 +289,6 @@ class _Flattener:
 
     def _add(self, position: int) -> None:
         node = self.graph.nodes[position]
-        self._visit()
         guards = self._guards(node.region)
         if guards is None:
             return
@@ -404,14 +402,6 @@ class _Flattener:
             self.optional.add(made)
         return made
 
-    def _visit(self) -> None:
-        self.visited += 1
-        if self.visited > MAX_FLAT_NODES:
-            raise LimitError(
-                f"the graph has more than {MAX_FLAT_NODES} nodes once its bodies are written out step by "
-                "step and turn by turn; let its loops take fewer turns"
-            )
-
     # --- values --------------------------------------------------------------------------------------------
 
     def _value(self, value: Value) -> Value:
@@ -425,6 +415,27 @@ class _Flattener:
             return [self._members(v) for v in self.lists[part.number][0]] if isinstance(part, _List) else part
 
         return substitute(value, leaf)
+
+
+def _require_room(graph: Graph) -> None:
+    """Raise LimitError, before anything is written, where that would be too many nodes."""
+    times: dict[int, int] = {}
+    for index, region in enumerate(graph.regions):
+        parent = getattr(region, "parent", None)
+        own = 1
+        if isinstance(region, Loop):
+            own = region.count + region.bounded
+        elif isinstance(region, Each):
+            trace = graph.regions[region.parent]
+            assert isinstance(trace, Trace)
+            own = len(region.of(trace.steps))
+        times[index] = own * (1 if parent is None else times[parent])
+    total = sum(times[node.region] for node in graph.nodes)
+    if total > MAX_FLAT_NODES:
+        raise LimitError(
+            f"the graph has {total} nodes once its bodies are written out step by step and turn by turn; at "
+            f"most {MAX_FLAT_NODES} are taken: let its loops take fewer turns"
+        )
 
 
 def split(flat: Flat, items: list[Any]) -> Iterator[list[Any]]:
