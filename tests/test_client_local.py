@@ -198,7 +198,7 @@ def test_every_mistake_names_what_was_asked_what_was_found_and_the_line(model: A
     fails(ShapeError, r"\[1, 6, 32\].*\[1, 6, 99\]", lambda: layers[0].output + head.output)
     fails(ShapeError, r"lm_head takes \[..., 32\] and was given \[1, 6, 99\]", lambda: head(head.output))
     fails(IndexOutOfRangeError, "99", lambda: head.output[..., 99])
-    fails(RecordingError, "use torch.where", lambda: bool(head.output.sum() > 0))
+    fails(RecordingError, "write .with tracer.cond.flag.:. and", lambda: bool(head.output.sum() > 0))
     fails(RecordingError, r"float\(\) is known only to the run", lambda: float(head.output.sum()))
     fails(RecordingError, r"use torch.stack\(\[...\]\)", lambda: torch.tensor([head.output.sum()]))
     fails(

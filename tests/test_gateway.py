@@ -344,7 +344,7 @@ BROKEN: dict[str, tuple[Any, str, int | None]] = {
         2,
     ),
     "no invokes": (graph(regions=[{"kind": "trace", "invokes": []}]), "at least one invoke", None),
-    "unknown region": (graph(regions=[{"kind": "loop", "invokes": []}]), "region kind 'loop'", None),
+    "unknown region": (graph(regions=[{"kind": "spiral", "invokes": []}]), "region kind 'spiral'", None),
     "version": (graph(version=9), "version 9", None),
     "nodes": (graph(nodes={}), "are lists", None),
 }

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pellucid_shared.errors import EmptyPromptError, GraphError, LimitError, SiteError, UnknownOpError
 from pellucid_shared.graph import APPLY, GET, SAVE, SET, Graph, Invoke, Node, Trace
 from pellucid_shared.lint import lint
+from pellucid_shared.regions import Cond, Loop, Outside
 from pellucid_shared.show import show
 from pellucid_shared.specs import DTYPES
 from pellucid_shared.values import Device, DType, ModuleRef, Ref, Site, TensorRef, decode, encode
@@ -128,7 +130,7 @@ def test_one_and_one_point_zero_and_true_hash_differently() -> None:
         ('{"version":2,"model":"m","regions":[],"nodes":[]}', "version 2 is not known"),
         ('{"version":1,"model":"","regions":[],"nodes":[]}', "names its model"),
         ('{"version":1,"model":"m","regions":{},"nodes":[]}', "are lists"),
-        ('{"version":1,"model":"m","regions":[{"kind":"loop","invokes":[]}],"nodes":[]}', "'loop'"),
+        ('{"version":1,"model":"m","regions":[{"kind":"spiral","invokes":[]}],"nodes":[]}', "'spiral'"),
         ('{"version":1,"model":"\\ud800","regions":[],"nodes":[]}', "surrogate"),
         ('{"version":1,"model":"m","regions":[],"nodes":[],"x":1}', "has no x"),
     ],
@@ -180,13 +182,21 @@ def test_quotes_that_are_not_closed_are_read_once() -> None:
             Graph.from_json(body)
 
 
-GET0 = Node(GET, (Site("h.0"),))
+GET0, GET1 = (Node(GET, (Site("h.0"),), {}, region) for region in (0, 1))
+
+
+def flow(*parts: Any, before: tuple[Node, ...] = ()) -> Graph:
+    """Nodes behind a read, which is node 0, and a flag taken of it; and the regions 1, 2, ..."""
+    regions = [part for part in parts if not isinstance(part, Node)]
+    nodes = [part for part in parts if isinstance(part, Node)]
+    flag = Node("cond.flag", (Ref(0),))
+    return Graph("m", (Trace((Invoke("a"),)), *regions), (GET0, *before, flag, *nodes))
 
 
 @pytest.mark.parametrize(
     ("graph", "error", "message"),
     [
-        (Graph("m", (), ()), GraphError, "first region is a trace"),
+        (Graph("m", (), ()), GraphError, "a graph has a trace"),
         (graph_of(invokes=()), GraphError, "at least one invoke"),
         (graph_of(invokes=(Invoke(""),)), EmptyPromptError, "invoke 0 is empty"),
         (graph_of(invokes=(Invoke("a"), Invoke([[1], []]))), EmptyPromptError, "invoke 1 is empty"),
@@ -205,6 +215,33 @@ GET0 = Node(GET, (Site("h.0"),))
         (graph_of(GET0, Node(SAVE, (Ref(0), ""))), GraphError, "a saved name"),
         (graph_of(GET0, Node(SAVE, (Ref(0), "a")), Node(SAVE, (Ref(0), "a"))), GraphError, "saved twice"),
         (graph_of(Node("torch.abs", (1,), {}, 3)), GraphError, "region 3"),
+        (flow(Cond(0, 0)), GraphError, "a branch on node 0, which is no flag"),
+        (flow(Cond(0, None)), GraphError, "a branch without a flag that continues none"),
+        (flow(Cond(0, 1), Cond(0, None, 3)), GraphError, "continues region 3, which is no earlier branch"),
+        (flow(Cond(1, 1)), GraphError, "region 1 stands in region 1, which is no earlier one"),
+        (flow(Cond(0, 2), before=(Node(SAVE, (Ref(0),), {}, 1),)), GraphError, "whose flag is not before it"),
+        (flow(Cond(0, 1), GET1, Node(SAVE, (Ref(2),))), GraphError, "which one branch alone makes"),
+        (flow(Loop(0, 2), GET1, Node(SAVE, (Ref(2),))), GraphError, "which a loop makes in each turn"),
+        (flow(Loop(0, 10**7)), LimitError, "at most 1000000 turns"),
+        (flow(*(Loop(i, 2) for i in range(40))), LimitError, "nested deeper than 32"),
+        (flow(Loop(0, 2), GET1, GET0, GET1), GraphError, "region 1 do not follow each other"),
+        (flow(Node("loop.index")), GraphError, "loop.index stands in a loop"),
+        (flow(Node("loop.until", (Ref(1),))), GraphError, "stands in the body of a loop itself"),
+        (flow(Node("loop.until", (Ref(0),), {}, 1), Loop(0, 2)), GraphError, "loop.until takes a flag"),
+        (flow(Node("loop.until", (Ref(1),), {}, 1), Loop(0, 2)), GraphError, "taken in the same turn"),
+        (flow(Node("torch.abs", (Ref(1),))), GraphError, "a flag is for branches and loops"),
+        (flow(Node("carry.get", (Ref(0),))), GraphError, "carry.get takes a carry first"),
+        (flow(Node("carry.get", ())), GraphError, "carry.get takes 1 arguments"),
+        (flow(GET1, Node("carry.new", (Ref(2),), {}, 1), Loop(0, 2)), GraphError, "before its first turn"),
+        (
+            flow(Node("carry.new", (1,), {}, 1), Node("torch.abs", (Ref(2),)), Loop(0, 2)),
+            GraphError,
+            "carry.get gives its value",
+        ),
+        (flow(Node("flow.bound", (1,))), UnknownOpError, "flow.bound"),
+        (flow(Trace((Invoke("a"),), parent=0)), GraphError, "which is no loop of a session"),
+        (flow(Outside(), Cond(1, 1)), GraphError, "a branch on node 1, which is no flag taken beside it"),
+        (flow(Outside(), Node(GET, (Site("h.0"),), {}, 1)), GraphError, "stands outside all traces"),
     ],
 )
 def test_lint_states_each_invariant(graph: Graph, error: type[GraphError], message: str) -> None:

@@ -15,10 +15,12 @@ from pellucid_shared.values import Device, DType, Ref
 
 from . import _values
 from ._backend import backend
+from ._carry import Carry
 from ._lines import users_line
 from ._recorder import Recorder, active
 from ._sizes import Size
 from ._structure import DictValue, TupleValue, Unread, named_tuple
+from ._turns import Number
 from ._value import Value
 
 #: The longest index tensor of the user's that is written as a list.
@@ -199,6 +201,10 @@ def graph_value(value: Any, recorder: Recorder) -> Any:
         return value.ref(recorder)
     if isinstance(value, Unread):
         return graph_value(value.read_all(), recorder)
+    if isinstance(value, Number):
+        return value.ref(recorder)
+    if isinstance(value, Carry):
+        return graph_value(value.value, recorder)
     if value is None or value is Ellipsis or isinstance(value, bool | str):
         return value
     if isinstance(value, Size) and value.edit is recorder:

@@ -9,7 +9,7 @@ from pellucid_shared.errors import NotYetError
 
 from ._lines import users_line
 
-_NO_FLOW = "control flow on values; use torch.where(condition, a, b)"
+_NO_FLOW = "control flow on values in Python's own words; write tracer.cond(flag) and tracer.loop(n)"
 _LANGUAGE_MODELS = (
     "this version has LanguageModel, for causal language models, and Model, for any torch module"
 )
@@ -32,13 +32,8 @@ VALUE = {
 }
 TRACER = {
     "output": "the output kept without save; write model.output.save()",
-    "cond": _NO_FLOW,
-    "select": _NO_FLOW,
-    "loop": "loops on the server; a Python loop over a known count is recorded turn by turn",
-    "while_": "loops on the server; a Python loop over a known count is recorded turn by turn",
 }
 SESSION = {
-    "iter": "loops on the server; a Python loop over a known count is recorded turn by turn",
     "parameter": "training on the server; gradients of values can be read and written: h.grad",
 }
 TRACE_OPTIONS = {

@@ -13,9 +13,11 @@ from pellucid_shared.values import RESULT, ModuleRef, Site
 
 from . import _values
 from ._call import graph_value, value_of
+from ._carry import Carry
 from ._lines import users_line
 from ._recorder import Recorder
 from ._structure import Unread
+from ._turns import Number
 from ._value import Value
 
 
@@ -54,7 +56,7 @@ def original(recorder: Recorder, node: int) -> Any:
             "module.input and their members give",
             where=users_line(),
         )
-    if made.region != recorder.region:
+    if recorder.ground_of(made.region) != recorder.ground():
         raise RecordingError(
             f"{made.site} was read in another body; take .original where the site is read", where=users_line()
         )
@@ -63,7 +65,11 @@ def original(recorder: Recorder, node: int) -> Any:
 
 def _part(part: Any, recorder: Recorder) -> Any:
     """A part of a log as a graph holds it; what has no place in one is told as ``str()`` shows it."""
-    if isinstance(part, Value | Unread) or part is None or isinstance(part, bool | int | float | complex):
+    if (
+        isinstance(part, Value | Unread | Number | Carry)
+        or part is None
+        or isinstance(part, bool | int | float | complex)
+    ):
         return graph_value(part, recorder)
     if isinstance(part, list | tuple):
         parts = [_part(member, recorder) for member in part]

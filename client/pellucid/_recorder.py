@@ -23,6 +23,7 @@ from pellucid_shared.graph import GET, GRAD, LOG, Each, Generation, Graph, Invok
 from pellucid_shared.lint import lint
 from pellucid_shared.ops import Alias, Cost, lookup
 from pellucid_shared.packing import WireTensor, digest
+from pellucid_shared.regions import Cond, Loop, Outside, above, closing
 from pellucid_shared.specs import Spec, TensorSpec
 from pellucid_shared.storage import Timeline, aliased, timeline
 from pellucid_shared.values import Site, TensorRef
@@ -64,10 +65,11 @@ class OpenTrace:
     start: int
     generation: Generation | None
     seed: int
+    parent: int | None = None
     prompts: list[Prompt] = field(default_factory=list)
 
     def region(self) -> Trace:
-        return Trace(tuple(prompt.invoke for prompt in self.prompts), self.generation, self.seed)
+        return Trace(tuple(prompt.invoke for prompt in self.prompts), self.generation, self.seed, self.parent)
 
 
 class Recorder:
@@ -80,8 +82,10 @@ class Recorder:
         nodes: the nodes so far, in program order.
         lines: the user's ``file:line`` of each node.
         literals: the tensors the nodes name, by digest.
-        regions: the traces, and the bodies for several of their steps, as they are opened.
+        regions: the traces, and the bodies inside and around them, as they are opened.
         region: index of the region that nodes are now written in; None between the traces of a session.
+        session_loop: index of the loop around traces that is open, or None.
+        closed_branches: region -> the branch inside it that was closed last, where another may continue it.
         invoke: index of the invoke whose body is being written, or None between bodies.
         step: step of generation that sites name now, counted from that of the body; ``next()`` raises it.
         steps_ahead: the same for single modules, by path.
@@ -95,7 +99,7 @@ class Recorder:
         session: the session it belongs to, or None.
         skimmed: the user's line that went through all steps of a loop and wrote nothing in any, or None.
         tracks: whether gradients passed what was written when recording began.
-        lost: nodes that were saved in a step the generation did not reach.
+        lost: nodes that were saved in a step or a branch that did not run -> why they have no value.
         endings: what is still to be read when the body that is being written ends.
         tuple_outputs: blocks that return a tensor are seen as returning a tuple of one (``compat.py``).
         edits: what is written at the head of each body.
@@ -109,8 +113,10 @@ class Recorder:
         self.nodes: list[Node] = []
         self.lines: list[str] = []
         self.literals: dict[str, WireTensor] = {}
-        self.regions: list[OpenTrace | Each] = []
+        self.regions: list[OpenTrace | Each | Cond | Loop | Outside] = []
         self.region: int | None = None
+        self.session_loop: int | None = None
+        self.closed_branches: dict[int, int] = {}
         self.invoke: int | None = None
         self.step = 0
         self.steps_ahead: dict[str, int] = {}
@@ -123,7 +129,7 @@ class Recorder:
         self.save_names: dict[str, int] = {}
         self.session: Session | None = None
         self.skimmed: str | None = None
-        self.lost: set[int] = set()
+        self.lost: dict[int, str] = {}
         self.endings: list[Callable[[], None]] = []
         self.tuple_outputs = False
         self.edits: tuple[Edit, ...] = ()
@@ -148,7 +154,7 @@ class Recorder:
     def open_trace(self, generation: Generation | None = None, seed: int = 0) -> None:
         """Begin a trace: nodes and prompts from here on are its own."""
         self.require_open()
-        self.regions.append(OpenTrace(len(self.prompts), generation, seed))
+        self.regions.append(OpenTrace(len(self.prompts), generation, seed, self.session_loop))
         self.region, self.invoke = len(self.regions) - 1, None
 
     def close_trace(self) -> None:
@@ -162,6 +168,12 @@ class Recorder:
             RecordingError: the trace does not generate, or such a body is open.
         """
         trace = self.current_trace()
+        if isinstance(self.here, Cond | Loop):
+            raise RecordingError(
+                "steps of generation cannot be opened inside a branch or a loop; open the steps first and "
+                "write the branch or loop inside them",
+                where=users_line(),
+            )
         if isinstance(self.here, Each):
             raise RecordingError(
                 "a body for steps of generation cannot be opened inside another", where=users_line()
@@ -183,8 +195,70 @@ class Recorder:
         if isinstance(self.here, Each):
             self.region = self.here.parent
 
+    def open_region(self, region: Cond | Loop) -> int:
+        """Begin a branch or a loop; its index."""
+        self.regions.append(region)
+        opened = len(self.regions) - 1
+        if self.region is None:
+            self.session_loop = opened
+        else:
+            self.region = opened
+        return opened
+
+    def close_region(self) -> int:
+        """End the branch or loop that is being written; its index."""
+        closed = self.session_loop if self.region is None else self.region
+        assert closed is not None
+        region = self.regions[closed]
+        assert isinstance(region, Cond | Loop)
+        self.closed_branches = {k: v for k, v in self.closed_branches.items() if k != closed}
+        if self.region is None:
+            self.session_loop = region.parent if isinstance(self.regions[region.parent], Loop) else None
+        else:
+            self.region = region.parent
+        return closed
+
+    def current_region(self) -> int:
+        """Index of the region inside a trace, or of the loop around traces, that is being written.
+
+        Raises:
+            RecordingError: the code stands between the traces of a session, in no loop.
+        """
+        self.require_open()
+        if self.region is None and self.session_loop is not None:
+            return self.session_loop
+        self.current_trace()
+        assert self.region is not None
+        return self.region
+
+    def loop_parent(self) -> int:
+        """What a loop that is opened here stands in: between the traces of a session, the session."""
+        if self.session is None or self.region is not None or self.session_loop is not None:
+            return self.current_region()
+        self.require_open()
+        found = next((i for i, region in enumerate(self.regions) if isinstance(region, Outside)), None)
+        if found is None:
+            self.regions.append(Outside())
+            found = len(self.regions) - 1
+        return found
+
+    def repeats(self) -> int:
+        """In how many bodies that run several times the code stands, one inside another."""
+        region = self.session_loop if self.region is None else self.region
+        found = () if region is None else closing(self.regions, region)
+        return sum(not isinstance(self.regions[r], Cond) for r in found)
+
+    def ground(self) -> int | None:
+        """Index of the trace, or of the body for steps, that is being written."""
+        return None if self.region is None else self.ground_of(self.region)
+
+    def ground_of(self, region: int) -> int | None:
+        """Index of the trace, or of the body for steps, that a region is or stands in."""
+        around = above(self.regions, region)
+        return next((r for r in around if isinstance(self.regions[r], OpenTrace | Each)), None)
+
     @property
-    def here(self) -> OpenTrace | Each | None:
+    def here(self) -> OpenTrace | Each | Cond | Loop | Outside | None:
         """The region that is being written."""
         return None if self.region is None else self.regions[self.region]
 
@@ -228,14 +302,13 @@ class Recorder:
         return known
 
     def _trace(self, region: int) -> OpenTrace:
-        found = self.regions[region]
-        if isinstance(found, Each):
-            found = self.regions[found.parent]
-        assert isinstance(found, OpenTrace)
-        return found
+        around = (self.regions[r] for r in above(self.regions, region))
+        found = next((r for r in around if isinstance(r, OpenTrace)), None)
+        return found or next(reversed(self._traces()), OpenTrace(0, None, 0))
 
     def _first_step(self, region: int | None) -> int:
-        found = None if region is None else self.regions[region]
+        around = () if region is None else above(self.regions, region)
+        found = next((self.regions[r] for r in around if isinstance(self.regions[r], Each)), None)
         if not isinstance(found, Each):
             return 0
         generation = self._trace(found.parent).generation
@@ -285,7 +358,7 @@ class Recorder:
                 "it under `with tracer.invoke(prompt):`",
                 where=users_line(),
             )
-        region = self._last_trace() if self.region is None else self.region
+        region = self._between() if self.region is None else self.region
         node, line = Node(op, tuple(args), kwargs or {}, region), users_line()
         try:
             spec, bound, _ = self._check_exactly(node)
@@ -314,13 +387,13 @@ class Recorder:
         if not count:
             return 0
         trace, invoke, node = self._backwards[-1]
-        here = self._trace_region(self._last_trace() if self.region is None else self.region)
+        here = self._trace_region(self._between() if self.region is None else self.region)
         elsewhere = invoke != self.invoke and value > node
         return count if trace != here or elsewhere else count - 1
 
     def _trace_region(self, region: int) -> int:
-        found = self.regions[region]
-        return found.parent if isinstance(found, Each) else region
+        around = above(self.regions, region)
+        return next((r for r in around if isinstance(self.regions[r], OpenTrace)), region)
 
     def add_literal(self, tensor: WireTensor) -> TensorRef:
         """Name a tensor of the user's; the same bytes are sent once."""
@@ -369,6 +442,27 @@ class Recorder:
         trace = self.trace_index()
         same = made.op == GET and made.site == site and made.region == self.region
         return same and node > self.last_set.get((trace, site), -1)
+
+    def is_seen(self, node: int) -> bool:
+        """Whether a node's value may be used here: it was not made inside a branch or a body left since."""
+        here = () if self.region is None else above(self.regions, self.region)
+        return set(closing(self.regions, self.nodes[node].region)) <= set(here)
+
+    @contextlib.contextmanager
+    def outside_branches(self, region: int | None) -> Iterator[None]:
+        """Inside, nodes are written in a region around this one, where only branches lie between."""
+        here, own = self.region, set() if self.region is None else set(above(self.regions, self.region))
+        between = own - (set() if region is None else set(above(self.regions, region)))
+        if region in own and all(isinstance(self.regions[r], Cond) for r in between):
+            self.region = region
+        try:
+            yield
+        finally:
+            self.region = here
+
+    def in_branch(self, node: int) -> bool:
+        """Whether a node stands in a branch."""
+        return any(isinstance(self.regions[r], Cond) for r in above(self.regions, self.nodes[node].region))
 
     def is_view(self, node: int) -> bool:
         """Whether the value of a registry node shares the storage of what it was made from."""
@@ -474,7 +568,7 @@ class Recorder:
 
     def _sizes(self, start: int) -> list[tuple[int, int]]:
         """(batch, tokens) of each invoke, primes from ``start`` on in place of unknown counts."""
-        if len(self._sized.setdefault(start, [])) != len(self.prompts):
+        if start not in self._sized or len(self._sized[start]) != len(self.prompts):
             self._sized[start] = [
                 (prompt.rows, prime if prompt.tokens is None else prompt.tokens)
                 for prompt, prime in zip(self.prompts, _primes(start), strict=False)
@@ -510,14 +604,19 @@ class Recorder:
             node = replace(node, args=(replace(node.at, step=node.at.step + first), *node.args[1:]))
         return check_node(node, specs, self.card, scene, self._literal_specs)
 
-    def _last_trace(self) -> int:
-        """Index of the trace begun last; values between the traces of a session are counted to it."""
-        if not self.regions:
+    def _between(self) -> int:
+        """Index of the region of what is written between the traces of a session: the loop around it, the
+        trace begun last, or where all of them are in loops, the session."""
+        if self.session_loop is not None:
+            return self.session_loop
+        traces = [i for i, r in enumerate(self.regions) if isinstance(r, OpenTrace) and r.parent is None]
+        sessions = [i for i, r in enumerate(self.regions) if isinstance(r, Outside)]
+        if not traces and not sessions:
             raise RecordingError(
                 "a session's first value comes from a trace: open `with model.trace(prompt):` first",
                 where=users_line(),
             )
-        return max(i for i, region in enumerate(self.regions) if isinstance(region, OpenTrace))
+        return (traces or sessions)[-1]
 
     # --- ending --------------------------------------------------------------------------------------------
 
@@ -550,7 +649,8 @@ class Recorder:
         return self._checked(flat)
 
     def _checked(self, flat: Flat) -> Timeline:
-        scenes = [self.scene(i) for i, region in enumerate(self.regions) if isinstance(region, OpenTrace)]
+        own = {r.start: self.scene(i) for i, r in enumerate(self.regions) if isinstance(r, OpenTrace)}
+        scenes = [own[start] for start in flat.starts]
         return check_flat(flat, self.card, scenes, self._literal_specs).timeline
 
     def graph(self) -> Graph:
@@ -585,9 +685,9 @@ class Recorder:
 
     def not_ready(self, value: object) -> ValueNotReadyError:
         """The error for asking for a value that is not there."""
-        if getattr(value, "_node", None) in self.lost:
-            reason = "has no value: the generation ended before its step"
-            return ValueNotReadyError(f"{value} {reason}", where=users_line())
+        lost = self.lost.get(getattr(value, "_node", -1))
+        if lost is not None:
+            return ValueNotReadyError(f"{value} has no value: {lost}", where=users_line())
         reason = self._closed or "does not exist before the block ends; .save() it and use it after the block"
         return ValueNotReadyError(f"{value} {reason}", where=users_line())
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pellucid_shared.errors import GraphError
-from pellucid_shared.graph import SAVE, Each
+from pellucid_shared.graph import SAVE
 from pellucid_shared.values import substitute
 
 from ._backend import backend
 from ._call import graph_value, recorder_of, values_in
+from ._carry import Carry
 from ._lines import users_line
 from ._recorder import Recorder, active
 from ._steps import GrowingList, StepList
@@ -26,9 +27,9 @@ def save(value: Any, name: str | None = None) -> Any:
         name: the name it comes back under; left out, ``saved_0``, ``saved_1``, ... in program order.
 
     Returns:
-        The value itself; in a body for several steps of generation a list, which then has an entry for each
-        step. After the block a tensor is a ``torch.Tensor`` where torch is installed, and
-        behaves as a numpy array elsewhere; ``.value`` is the plain thing everywhere.
+        The value itself; in a loop, or a body for several steps of generation, a list, which then has an
+        entry for each turn or step that ran. After the block a tensor is a ``torch.Tensor`` where torch is
+        installed, and behaves as a numpy array elsewhere; ``.value`` is the plain thing everywhere.
 
     Raises:
         RecordingError: no trace is open.
@@ -36,10 +37,11 @@ def save(value: Any, name: str | None = None) -> Any:
     """
     if isinstance(value, Unread):
         value = value.read_all()
+    if isinstance(value, Carry):
+        value = value.value
     recorder = recorder_of(value) or active()
     value = wrapped(value)
-    by_step = isinstance(recorder.here, Each) and not recorder.here.single
-    kept = StepList(recorder, repr(value)) if by_step else value
+    kept = StepList(recorder, repr(value)) if recorder.repeats() else value
     save_node(recorder, kept, graph_value(value, recorder), name)
     return kept
 
@@ -69,7 +71,10 @@ def fill(recorder: Recorder, results: Mapping[str, Any]) -> None:
         if name in results or isinstance(saved, StepList):  # of a body for no step, an empty list
             _fill(saved, results.get(name, []))
         else:
-            recorder.lost |= {value._node for value in values_in(saved)}
+            lost = "it was saved in a branch that did not run"
+            if not recorder.in_branch(node):
+                lost = "the generation ended before its step"
+            recorder.lost |= {value._node: lost for value in values_in(saved)}
 
 
 def _fill(value: Any, result: Any) -> None:

@@ -63,10 +63,12 @@ class SiteStructure(Unread):
     _site: Site
     _structure: Items | Fields
     _members: dict[int | str, Any]
+    _region: int | None
 
     def __init__(self, recorder: Recorder, site: Site, structure: Items | Fields) -> None:
         own = self.__dict__
         own["_recorder"], own["_site"], own["_structure"], own["_members"] = recorder, site, structure, {}
+        own["_region"] = recorder.region
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -132,7 +134,8 @@ class SiteStructure(Unread):
         """Read the leaf at ``site``, which is about to be replaced, if it is one of this structure's."""
         depth = len(self._site.path)
         if site.path[:depth] == self._site.path:
-            member = self._member(site.path[depth])
+            with self._recorder.outside_branches(self._region):
+                member = self._member(site.path[depth])
             if isinstance(member, SiteStructure):
                 member.keep(site)
 
@@ -162,7 +165,8 @@ class SiteStructure(Unread):
         return part
 
     def _member(self, key: int | str) -> Any:
-        if key not in self._members:
+        known = self._members.get(key)
+        if key not in self._members or (isinstance(known, Value) and not self._recorder.is_seen(known._node)):
             self._members[key] = _read(self._recorder, _inside(self._site, key), self._part(key))
         return self._members[key]
 
@@ -344,7 +348,7 @@ def _whole(recorder: Recorder) -> WholeBatch:
 
 
 def _whole_site(recorder: Recorder, site: Site) -> tuple[Any, ...]:
-    return recorder.region, site.module, site.kind, site.invoke, site.step, site.call
+    return recorder.ground(), site.module, site.kind, site.invoke, site.step, site.call
 
 
 def _structure(recorder: Recorder, site: Site) -> Structure:

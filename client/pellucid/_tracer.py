@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from pellucid_shared.graph import Generation, Graph
 from ._body import Body
 from ._edit import Edit, replay_edits
 from ._files import Experiment
+from ._flow import Branches, Turns, loop, select, while_
 from ._inputs import Prompt, prompt
 from ._later import SESSION, TRACER, refuse
 from ._lines import at_users_line, users_line
@@ -86,9 +88,19 @@ class Session:
 
     print = log
 
+    def loop(self, over: Any) -> Turns:
+        """``with session.loop(n) as i:`` the traces inside are run in each turn, one turn after another."""
+        return loop(self.run.recorder, over)
+
+    def iter(self, values: Any) -> Turns:
+        """``with session.iter(values) as item:`` the same, over values."""
+        return loop(self.run.recorder, values)
+
     def __getattr__(self, name: str) -> NoReturn:
         refuse(SESSION, name, f"session.{name}")
-        raise AttributeError(f"a session has no {name!r}; it has trace(), generate(), log(), graph and job")
+        raise AttributeError(
+            f"a session has no {name!r}; it has trace(), generate(), loop(), iter(), log(), graph and job"
+        )
 
     def __enter__(self) -> Session:
         self.run.enter()
@@ -149,6 +161,33 @@ class Tracer(Body):
         """The ids a generation ends with, prompt included, [batch, prompt + new] int64."""
         return read_result(self._recorder)
 
+    @property
+    def cond(self) -> Branches:
+        """``with tracer.cond(flag):``, ``with tracer.cond.elif_(flag):``, ``with tracer.cond.else_():``."""
+        return Branches(self._recorder)
+
+    def select(self, flag: Any, a: Any, b: Any) -> Any:
+        """``a`` where the flag, one element, holds, else ``b``; both are computed, and broadcast."""
+        return select(self._recorder, flag, a, b)
+
+    def loop(self, over: Any) -> Turns:
+        """``with tracer.loop(n) as i:``, ``with tracer.loop(values) as item:`` a body run turn by turn.
+
+        Args:
+            over: a number of turns; or a list, a range, a tensor, or a value of known length.
+        """
+        return loop(self._recorder, over)
+
+    def while_(self, condition: Callable[[], Any] | None = None, *, max_turns: int) -> Turns:
+        """``with tracer.while_(lambda: flag, max_turns=n) as i:`` turns for as long as the condition holds.
+
+        Args:
+            condition: called once, where the block is opened; what it computes is computed before each turn.
+                Left out, the block ends the loop by ``loop.until(flag)``.
+            max_turns: the bound; a loop that would go on past it fails the run with a LimitError.
+        """
+        return while_(self._recorder, condition, max_turns)
+
     def list(self) -> GrowingList:
         """A list that bodies for several steps append to; save it to have it back."""
         return GrowingList(self._recorder)
@@ -208,7 +247,8 @@ class Tracer(Body):
     def __getattr__(self, name: str) -> NoReturn:
         refuse(TRACER, name, f"tracer.{name}")
         has = (
-            "invoke(), iter, all(), next(), list(), cache(), save_all(), log(), stop(), result, graph and job"
+            "invoke(), iter, all(), next(), cond, loop(), while_(), select(), list(), cache(), save_all(), "
+            "log(), stop(), result, graph and job"
         )
         raise AttributeError(f"a tracer has no {name!r}; it has {has}")
 
@@ -268,6 +308,11 @@ class Invocation(Body):
         if self._recorder.invoke is not None:
             raise RecordingError(
                 "an invoke cannot be opened inside another; values cross from one to the next by their names",
+                where=users_line(),
+            )
+        if self._recorder.region is not None and self._recorder.region != self._recorder.ground():
+            raise RecordingError(
+                "an invoke cannot be opened inside a branch or a loop; write those inside the invoke",
                 where=users_line(),
             )
         with at_users_line():

@@ -165,9 +165,12 @@ class Value:
     # --- what only the run can answer ----------------------------------------------------------------------
 
     def __bool__(self) -> bool:
+        if self._known.numel != 1:
+            self._refuse("it has several elements and is neither true nor false; use .any() or .all()")
         self._refuse(
-            "whether it is true is known only to the run, so Python cannot branch on it here; use "
-            "torch.where(condition, a, b), or save it and branch after the block"
+            "whether it is true is known only to the run, so Python cannot branch on it here; write "
+            "`with tracer.cond(flag):` and `with tracer.cond.else_():`, tracer.select(flag, a, b), or "
+            "tracer.while_(lambda: flag, max_turns=n); or save it and branch after the block"
         )
 
     def __float__(self) -> float:
@@ -182,7 +185,7 @@ class Value:
     def __index__(self) -> int:
         self._refuse(
             "it cannot be a Python index or count, which the run alone knows; index a value of the trace "
-            "with it, or save it and use it after the block"
+            "with it, loop by tracer.while_(lambda: flag, max_turns=n), or save it and use it after the block"
         )
 
     def __contains__(self, item: Any) -> bool:

@@ -35,7 +35,8 @@ def warn_of_edits_that_show(recorder: Recorder, flat: Flat, found: Timeline) -> 
             roots = {root for root in found.roots[read] if root[0] == "site"}
             for edit in edits:
                 edited_at = recorder.lines[flat.origin[edit]]
-                if edit > save and roots & found.effects[edit] and edited_at != saved_at:
+                shows = edit > save and roots & found.effects[edit] and not flat.exclude(save, edit)
+                if shows and edited_at != saved_at:
                     _warn(
                         f"{_site(flat.nodes[read])} is saved here and edited in place at {edited_at}: what "
                         "comes back shows the edit. To keep the value from before it, save .clone() of it",

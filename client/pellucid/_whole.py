@@ -186,7 +186,8 @@ class WholeBatch:
                 if (
                     made.op == GET
                     and made.site in own
-                    and made.region == recorder.nodes[reading.gets[0]].region
+                    and recorder.ground_of(made.region)
+                    == recorder.ground_of(recorder.nodes[reading.gets[0]].region)
                 ):
                     reading.overtaken = users_line()
             return

@@ -22,6 +22,7 @@ from .errors import (
     did_you_mean,
 )
 from .flat import Flat, flatten, split
+from .flow import FLAT_OPS, FLOW_OPS, infer
 from .graph import (
     APPEND,
     APPLY,
@@ -160,6 +161,8 @@ def check_node(
     if node.op in GRADIENT_OPS:
         spec, cost = check_gradient(node, args, scene.trace)
         return spec, None, cost
+    if node.op in FLOW_OPS or node.op in FLAT_OPS:
+        return infer(node.op, args), None, Cost(0, 0)
     if node.op in (LIST, APPEND):  # a flat graph has none; while one is written its length is nobody's
         return [], None, Cost(0, 0)
     if node.op == APPLY:

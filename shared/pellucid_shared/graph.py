@@ -1,6 +1,7 @@
 """The intervention graph: nodes in program order, regions, and its one canonical JSON.
 
-A node's id is its position. These op ids are the graph's own; every other is in the op registry:
+A node's id is its position. These op ids are the graph's own, and those of control flow (``flow.py``); every
+other is in the op registry:
 
     site.get(site)                      read a tensor where the model makes it
     site.original(site)                 a copy of it from before this graph's edits there
@@ -29,12 +30,14 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .errors import GraphError, LimitError
+from .flow import FLOW_OPS
 from .regions import (
     Each,
     Generation,
     Invoke,
     Region,
     Trace,
+    above,
     bad,
     decode_region,
     encode_region,
@@ -56,7 +59,9 @@ LIST, APPEND = "list.new", "list.append"
 ORIGINAL, SKIP, PARAM, LOG, STOP = "site.original", "module.skip", "param.get", "log", "stop"
 BACKWARD, GRAD, SET_GRAD = "grad.backward", "grad.get", "grad.set"
 GRADIENT_OPS = (BACKWARD, GRAD, SET_GRAD)
-CORE_OPS = (GET, SET, APPLY, SAVE, LIST, APPEND, ORIGINAL, SKIP, PARAM, LOG, STOP, *GRADIENT_OPS)
+CORE_OPS = frozenset(
+    (GET, SET, APPLY, SAVE, LIST, APPEND, ORIGINAL, SKIP, PARAM, LOG, STOP, *GRADIENT_OPS, *FLOW_OPS)
+)
 #: Those whose first argument is a site, and those that yield nothing.
 SITE_OPS = (GET, SET, ORIGINAL, SKIP, LOG, STOP)
 VOID_OPS = (SET, SAVE, APPEND, SKIP, LOG, STOP, BACKWARD, SET_GRAD)
@@ -169,13 +174,12 @@ class Graph:
 
     @property
     def traces(self) -> tuple[Trace, ...]:
-        """Its forward passes and generations, in order."""
+        """Its forward passes and generations, in order, as they are written."""
         return tuple(trace for _, trace in traces(self.regions))
 
     def trace_of(self, region: int) -> int:
-        """Index among the regions of the trace that a region is, or stands in."""
-        found = self.regions[region]
-        return found.parent if isinstance(found, Each) else region
+        """Index among the regions of the trace that a region is, or stands in; -1: it is outside all."""
+        return next((r for r in above(self.regions, region) if isinstance(self.regions[r], Trace)), -1)
 
     def sites(self) -> dict[int, Site]:
         """Position of each node that touches a site -> that site."""

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from .backward import require_one_pass
 from .errors import EmptyPromptError, GradientError, GraphError, LimitError, PellucidError, SiteError
+from .flow import each_of, lint_node, lint_region, repeating
 from .graph import (
     APPEND,
     APPLY,
@@ -35,7 +36,7 @@ from .graph import (
 )
 from .ops import lookup
 from .passing import lint_passing
-from .regions import Region
+from .regions import Cond, Loop, above
 from .values import INSIDE, KINDS, RESULT, ModuleRef, Ref, Site, TensorRef, contains
 
 MAX_NODES = 100_000
@@ -63,23 +64,26 @@ ARITY = {
 def lint(graph: Graph) -> None:
     """Check every invariant, in this order.
 
-    1. The first region is a trace; a trace has 1 to 1024 invokes, none empty. An iter region stands in an
-       earlier trace that generates, and its steps are steps of it.
-    2. There are at most 100,000 nodes; each belongs to a region that exists; those of one iter region follow
-       each other.
+    1. There is a trace; it has 1 to 1024 invokes, none empty. A region stands in an earlier one: steps in a
+       trace that generates, and they are steps of it; a branch beside its flag and the branch it continues,
+       inside a trace; a trace in none, or in a loop that stands in a session.
+    2. There are at most 100,000 nodes; each belongs to a region that exists, a branch's behind its flag;
+       those of one loop, or one body for several steps, follow each other.
     3. Each op is a core op or in the registry.
-    4. Each ref points to an earlier node, and to one that yields a value. What a body for several steps
-       makes is used in that body alone; it leaves by save, by list.append, or by edits in place.
+    4. Each ref points to an earlier node, and to one that yields a value. What a body for several steps, a
+       loop or a branch makes is used inside it alone; it leaves by save, by list.append, by edits in place,
+       or carried.
     5. A site is the first argument of site.get, site.original, site.set, module.skip, stop and log (which may
        have null there) and stands nowhere else; it names an invoke that exists, a known kind, and a step of
        its trace. A result is the root's, and read alone. module.skip names a whole output; stop and log the
-       root's input, where the pass begins. The path of a call inside a module begins with its name.
+       root's input, where the pass begins. The path of a call inside a module begins with its name. A stop
+       stands in no branch, and in no loop of its trace.
     6. A module is the first argument of module.apply and param.get and stands nowhere else.
     7. Save names are strings, not empty, at most 200 characters, and unique.
     8. A list stands only in list.append and in save.
     9. A log has 1 to 64 parts: values, numbers, strings of at most 1000 characters, and structures of them.
     10. A gradient is that of a node's value, in a backward pass the graph has; neither stands in a trace that
-        generates.
+        generates, in a branch, or in a loop.
 
     Raises:
         GraphError: the first invariant that does not hold; ``node`` names the node.
@@ -91,16 +95,18 @@ def lint(graph: Graph) -> None:
         raise LimitError(f"the graph has {len(graph.nodes)} nodes; at most {MAX_NODES} are taken")
     backwards = sum(node.op == BACKWARD for node in graph.nodes)
     names: set[str] = set()
-    left: set[int] = set()  # regions that other nodes have followed
+    left: set[int] = set()  # repeating regions that other nodes have followed
+    inside: dict[int, list[int]] = {}  # region -> the repeating ones it stands in
     for position, node in enumerate(graph.nodes):
         try:
             _lint_node(graph, position, node)
             if node.op in GRADIENT_OPS:
                 _lint_gradient(graph, node, backwards)
-            if node.region in left and _repeats(graph, node.region):
-                _bad(f"the nodes of region {node.region} do not follow each other")
+            own = inside.setdefault(node.region, repeating(graph, node.region))
             if position and graph.nodes[position - 1].region != node.region:
-                left.add(graph.nodes[position - 1].region)
+                left.update(set(inside[graph.nodes[position - 1].region]) - set(own))
+            for region in left.intersection(own):
+                _bad(f"the nodes of region {region} do not follow each other")
             if node.op == SAVE:
                 name = node.args[1] if len(node.args) > 1 else f"saved_{len(names)}"
                 _lint_name(name, names)
@@ -110,13 +116,15 @@ def lint(graph: Graph) -> None:
 
 
 def _lint_regions(graph: Graph) -> None:
-    if not graph.regions or not isinstance(graph.regions[0], Trace):
-        _bad("a graph's first region is a trace")
+    if not graph.traces:
+        _bad("a graph has a trace")
     if len(graph.regions) > MAX_REGIONS:
         raise LimitError(f"a graph takes at most {MAX_REGIONS} regions, found {len(graph.regions)}")
     for index, region in enumerate(graph.regions):
         if isinstance(region, Each):
             _lint_each(graph, index, region)
+        lint_region(graph, index)
+        if not isinstance(region, Trace):
             continue
         if not region.invokes:
             _bad("a trace has at least one invoke")
@@ -172,11 +180,6 @@ def _lint_node(graph: Graph, position: int, node: Node) -> None:
             _bad(f"{node.op} takes the value of node {ref}, a {source.op}, which yields none")
         if source.op == LIST and node.op not in (APPEND, SAVE):
             _bad(f"{node.op} takes the list of node {ref}; a list is appended to and saved")
-        if source.region != node.region and _repeats(graph, source.region):
-            _bad(
-                f"{node.op} takes the value of node {ref}, which a body for several steps makes in each; "
-                "append it to a list, or save it in the body"
-            )
     first: type | None = None
     if node.op in SITE_OPS:
         first = Site
@@ -190,7 +193,10 @@ def _lint_node(graph: Graph, position: int, node: Node) -> None:
     for value in (*rest, *node.kwargs.values()):
         if contains(value, (Site, ModuleRef)):
             _bad(f"{node.op} is given a site or module where a value stands")
+    lint_node(graph, position, node)
     _lint_core(graph, node)
+    if node.op == STOP:
+        _lint_stop(graph, node)
 
 
 def _lint_core(graph: Graph, node: Node) -> None:
@@ -210,11 +216,29 @@ def _lint_core(graph: Graph, node: Node) -> None:
     lint_passing(node)
 
 
+def _lint_stop(graph: Graph, node: Node) -> None:
+    for found in above(graph.regions, node.region):
+        if isinstance(graph.regions[found], Trace):
+            break
+        if isinstance(graph.regions[found], Cond | Loop):
+            _bad(
+                "stop stands in no branch and in no loop of its trace: where a pass ends is known before it "
+                "runs. Stop behind it"
+            )
+
+
 def _lint_gradient(graph: Graph, node: Node, count: int) -> None:
     if not isinstance(node.args[0], Ref):
         _bad(f"{node.op} takes the value of a node first")
+    if any(isinstance(graph.regions[r], Cond | Loop) for r in above(graph.regions, node.region)):
+        raise GradientError(
+            "gradients are not taken inside a branch or a loop: how many backward passes there are must be "
+            "known. Write .backward() and .grad behind it, on a value that was carried or selected, or let a "
+            "Python loop write each pass"
+        )
     trace = graph.regions[graph.trace_of(node.region)]
-    assert isinstance(trace, Trace)
+    if graph.trace_of(node.region) < 0 or not isinstance(trace, Trace):
+        raise GradientError("a backward pass is that of a trace; this stands outside all of them")
     require_one_pass(trace)
     if node.op == BACKWARD:
         return
@@ -234,9 +258,10 @@ def _lint_gradient(graph: Graph, node: Node, count: int) -> None:
 
 
 def _lint_site(graph: Graph, node: Node) -> None:
-    site, region = node.site, graph.regions[node.region]
+    site, each = node.site, each_of(graph, node.region)
     trace = graph.regions[graph.trace_of(node.region)]
-    assert isinstance(trace, Trace)
+    if graph.trace_of(node.region) < 0 or not isinstance(trace, Trace):
+        _bad(f"{site} stands outside all traces")
     count = len(trace.invokes)
     if site.kind not in KINDS:
         _bad(f"a site's kind is one of {', '.join(KINDS)}, found {site.kind!r}")
@@ -250,21 +275,11 @@ def _lint_site(graph: Graph, node: Node) -> None:
         _bad("a trace that does not generate has no result; read the model's output")
     if not trace.generation and site.step:
         raise SiteError(f"{site} is at step {site.step}, and a trace has one step, 0")
-    last = _last_step(region, trace) + site.step
-    if last >= trace.steps:
-        raise SiteError(f"{site} is at step {last}, and the generation has {trace.steps} (from 0)")
-
-
-def _last_step(region: Region, trace: Trace) -> int:
-    steps = region.of(trace.steps) if isinstance(region, Each) else (0,)
-    if isinstance(steps, range):
-        return max(steps[0], steps[-1]) if steps else 0
-    return max(steps)
-
-
-def _repeats(graph: Graph, region: int) -> bool:
-    found = graph.regions[region]
-    return isinstance(found, Each) and not found.single
+    steps = each.of(trace.steps) if each is not None else [0]
+    if steps and max(steps) + site.step >= trace.steps:
+        raise SiteError(
+            f"{site} is at step {max(steps) + site.step}, and the generation has {trace.steps} (from 0)"
+        )
 
 
 def _lint_name(name: Any, taken: set[str]) -> None:

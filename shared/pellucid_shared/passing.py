@@ -268,10 +268,11 @@ class Passing:
 
     def require_no_site_inside_a_skipped_module(self) -> None:
         """Raise SiteError for the first node that touches a site that its own invoke skips over."""
+        exclude = self._flat.exclude
         for key, skips in self._skips.items():
             for position in sorted(self._touched[key]):
                 for skip in skips:
-                    if position != skip and self._is_inside(position, skip):
+                    if position != skip and self._is_inside(position, skip) and not exclude(position, skip):
                         raise self._inside(position, skip)
 
     def _is_inside(self, position: int, skip: int) -> bool:

@@ -1,7 +1,8 @@
 """The regions of a graph: what its nodes stand in, and how each is spelled in JSON.
 
 A trace is one forward pass, or one generation, over its invokes; a session has several. An ``Each`` is a
-body written once for several steps of a generation.
+body written once for several steps of a generation, a ``Loop`` one written once for several turns, a ``Cond``
+one branch. A ``Session`` stands for what lies outside all traces.
 """
 
 from __future__ import annotations
@@ -62,11 +63,15 @@ GENERATION_OPTIONS = tuple(f.name for f in fields(Generation))
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One forward pass over its invokes, or a generation; ``seed`` is that of its random numbers."""
+    """One forward pass over its invokes, or a generation; ``seed`` is that of its random numbers.
+
+    ``parent`` is the loop of a session that it stands in: each turn has the trace anew.
+    """
 
     invokes: tuple[Invoke, ...]
     generation: Generation | None = None
     seed: int = 0
+    parent: int | None = None
 
     @property
     def steps(self) -> int:
@@ -100,11 +105,71 @@ class Each:
         return range(count)[self.steps] if isinstance(self.steps, slice) else self.steps
 
 
-Region: TypeAlias = "Trace | Each"
+@dataclass(frozen=True, slots=True)
+class Cond:
+    """One branch: it runs where its flag holds and none of the branches that it continues did.
+
+    Attributes:
+        parent: index of the region it stands in.
+        flag: position of a ``cond.flag`` node; None: it runs where no other branch did (``else``).
+        after: index of the branch that it continues; None: it is the first.
+    """
+
+    parent: int
+    flag: int | None
+    after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A body that runs ``count`` times, or until it ends itself; what it saves comes back as a list by turn.
+
+    Attributes:
+        parent: index of the region it stands in; a loop with traces inside stands in a session.
+        count: turns, 0 or more.
+        bounded: it must end itself; not to have done so after ``count`` turns is an error.
+    """
+
+    parent: int
+    count: int
+    bounded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What lies outside all traces: their loops, and nodes between them."""
+
+
+Region: TypeAlias = "Trace | Each | Cond | Loop | Outside"
+
+
+def above(regions: Sequence[Any], index: int) -> Iterator[int]:
+    """The index itself, then those of the regions it stands in, from inside to outside."""
+    yield index
+    parent = getattr(regions[index], "parent", None)
+    while parent is not None and parent < index:  # of a graph that is not linted, parents may be anything
+        yield (index := parent)
+        parent = getattr(regions[index], "parent", None)
+
+
+def closing(regions: Sequence[Any], index: int) -> Iterator[int]:
+    """Of these, the ones whose values stay inside: branches, loops, and bodies for several steps."""
+    for found in above(regions, index):
+        region = regions[found]
+        if isinstance(region, Cond | Loop) or (isinstance(region, Each) and not region.single):
+            yield found
 
 
 def encode_region(region: Region) -> dict[str, Any]:
     """A region as JSON; what has its default value is left out."""
+    if isinstance(region, Outside):
+        return {"kind": "session"}
+    if isinstance(region, Cond):
+        own = {"parent": region.parent, "flag": region.flag, "after": region.after}
+        return {"kind": "cond", **{k: v for k, v in own.items() if v is not None}}
+    if isinstance(region, Loop):
+        kind, count = ("while", "bound") if region.bounded else ("loop", "count")
+        return {"kind": kind, "parent": region.parent, count: region.count}
     if isinstance(region, Each):
         data: dict[str, Any] = {"kind": "iter", "parent": region.parent, "steps": encode(region.steps)}
         return {**data, "optional": True} if region.optional else data
@@ -119,7 +184,9 @@ def encode_region(region: Region) -> dict[str, Any]:
         given = ((f.name, getattr(region.generation, f.name)) for f in fields(Generation))
         options = {name: value for name, value in given if value is not None}
         data["generate"] = {k: list(v) if isinstance(v, tuple) else encode(v) for k, v in options.items()}
-    return {**data, "seed": region.seed} if region.seed else data
+    if region.seed:
+        data["seed"] = region.seed
+    return data if region.parent is None else {**data, "parent": region.parent}
 
 
 def decode_region(data: Any) -> Region:
@@ -128,12 +195,23 @@ def decode_region(data: Any) -> Region:
     Raises:
         GraphError: it is none.
     """
-    if not isinstance(data, dict) or data.get("kind") not in ("trace", "iter"):
-        kind = data.get("kind") if isinstance(data, dict) else data
-        bad(f"region kind {kind!r:.60} is not known here; known: trace, iter")
-    if data["kind"] == "iter":
+    kind = data.get("kind") if isinstance(data, dict) else data
+    if kind == "iter":
         return _decode_each(data)
-    top = json_object(data, "a region", {"kind", "invokes"}, {"generate", "seed"})
+    if kind == "cond":
+        top = json_object(data, "a cond region", {"kind", "parent"}, {"flag", "after"})
+        positions = {name: _position(top[name], name) for name in ("parent", "flag", "after") if name in top}
+        return Cond(positions["parent"], positions.get("flag"), positions.get("after"))
+    if kind in ("loop", "while"):
+        count = "count" if kind == "loop" else "bound"
+        top = json_object(data, f"a {kind} region", {"kind", "parent", count}, set())
+        return Loop(_position(top["parent"], "parent"), _position(top[count], count), kind == "while")
+    if kind == "session":
+        json_object(data, "a session region", {"kind"}, set())
+        return Outside()
+    if kind != "trace":
+        bad(f"region kind {kind!r:.60} is not known here; known: trace, iter, cond, loop, while, session")
+    top = json_object(data, "a region", {"kind", "invokes"}, {"generate", "seed", "parent"})
     if not isinstance(top["invokes"], list):
         bad("a trace's invokes are a list")
     invokes = tuple(_decode_invoke(i, v) for i, v in enumerate(top["invokes"]))
@@ -141,7 +219,8 @@ def decode_region(data: Any) -> Region:
     seed = top.get("seed", 0)
     if not _is_int(seed) or not 0 <= seed < 2**63 or ("seed" in top and not seed):
         bad(f"a trace's seed is a whole number from 1 (0 is left out), found {seed!r:.60}")
-    return Trace(invokes, generation, seed)
+    parent = _position(top["parent"], "parent") if "parent" in top else None
+    return Trace(invokes, generation, seed, parent)
 
 
 def traces(regions: tuple[Region, ...]) -> Iterator[tuple[int, Trace]]:
@@ -247,6 +326,13 @@ def bad(message: str) -> NoReturn:
 
 def _list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _position(value: Any, name: str) -> int:
+    if not _is_int(value) or not 0 <= value < 2**63:
+        bad(f"a region's {name} is a whole number from 0, found {value!r:.60}")
+    found: int = value
+    return found
 
 
 def _is_int(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .flow import CARRIED, CARRY, CARRY_SET, FLAG, INDEX, PICK, UNTIL, WHILE
 from .graph import (
     APPEND,
     APPLY,
@@ -25,7 +26,7 @@ from .graph import (
     Node,
     Trace,
 )
-from .regions import GENERATION_OPTIONS, traces
+from .regions import GENERATION_OPTIONS, Cond, Loop, Outside, Region, above, traces
 from .values import Device, DType, ModuleRef, Ref, Site, TensorRef, Value
 
 _INFIX = {
@@ -41,6 +42,18 @@ _INFIX = {
     "torch.le": "<=",
     "torch.gt": ">",
     "torch.ge": ">=",
+    "number.add": "+",
+    "number.sub": "-",
+    "number.mul": "*",
+    "number.div": "/",
+    "number.floordiv": "//",
+    "number.mod": "%",
+    "number.eq": "==",
+    "number.ne": "!=",
+    "number.lt": "<",
+    "number.le": "<=",
+    "number.gt": ">",
+    "number.ge": ">=",
 }
 
 
@@ -57,29 +70,45 @@ def show(graph: Graph) -> str:
     names = graph.save_names()
     lines: list[str] = []
     opened: set[int] = set()  # traces whose head is written
-    region = -1
+    before: list[int] = []
     for position, node in enumerate(graph.nodes):
-        trace = graph.trace_of(node.region)
-        if trace not in opened:
-            lines += [
-                line
-                for i, _ in traces(graph.regions)
-                if i <= trace and i not in opened
-                for line in _head(graph, i)
-            ]
-            opened |= set(range(trace + 1))
-        found = graph.regions[node.region]
-        if isinstance(found, Each) and node.region != region:
-            lines.append(f"    for each step of {_steps(found)}:")
-        region = node.region
-        indent = "        " if isinstance(found, Each) else "    "
-        lines.append(indent + _statement(position, node, names))
-    lines += [line for i, _ in traces(graph.regions) if i not in opened for line in _head(graph, i)]
+        path = _path(graph, node.region)
+        for depth, region in enumerate(path):
+            if isinstance(graph.regions[region], Trace):
+                lines += _heads(graph, region, opened, depth)
+            elif path[: depth + 1] != before[: depth + 1]:
+                lines.append("    " * depth + _body(graph.regions[region]))
+        before = path
+        lines.append("    " * len(path) + _statement(position, node, names))
+    lines += _heads(graph, len(graph.regions), opened, 0)
     return "\n".join(lines) + "\n"
 
 
-def _head(graph: Graph, index: int) -> list[str]:
-    trace = graph.regions[index]
+def _path(graph: Graph, region: int) -> list[int]:
+    """The regions around a node, from outside to inside, that are shown."""
+    found = [r for r in above(graph.regions, region) if not isinstance(graph.regions[r], Outside)]
+    return found[::-1]
+
+
+def _heads(graph: Graph, until: int, opened: set[int], depth: int) -> list[str]:
+    """The heads of the traces up to a region that have none yet."""
+    new = [i for i, _ in traces(graph.regions) if i <= until and i not in opened]
+    opened.update(new)
+    return ["    " * depth + line for i in new for line in _head(graph, graph.regions[i])]
+
+
+def _body(region: Region) -> str:
+    if isinstance(region, Each):
+        return f"for each step of {_steps(region)}:"
+    if isinstance(region, Loop):
+        return f"for each of {'at most ' if region.bounded else ''}{region.count} turns:"
+    assert isinstance(region, Cond)
+    if region.flag is None:
+        return "else:"
+    return f"{'if' if region.after is None else 'elif'} v{region.flag}:"
+
+
+def _head(graph: Graph, trace: Region) -> list[str]:
     assert isinstance(trace, Trace)
     if trace.generation is None:
         what = "trace"
@@ -146,6 +175,12 @@ def _statement(position: int, node: Node, names: dict[int, str]) -> str:
         return f"v{position} = {_text(node.args[0])}.grad  # backward {node.args[1]}"
     if node.op == SET_GRAD:
         return f"{_text(node.args[0])}.grad = {_text(node.args[2])}  # backward {node.args[1]}"
+    if node.op in (WHILE, UNTIL):
+        return f"end the loop {'unless' if node.op == WHILE else 'if'} {_text(node.args[0])}"
+    if node.op == CARRY:
+        return f"v{position} = carry({_text(node.args[0])}) before the first turn"
+    if node.op == CARRY_SET:
+        return f"{_text(node.args[0])}.value = {_text(node.args[1])}"
     if node.op == "setitem" and len(node.args) == 3:
         base, index, value = node.args
         return f"{_text(base)}[{_index(index)}] = {_text(value)}; v{position} = {_text(base)}"
@@ -158,6 +193,14 @@ def _place(node: Node) -> str:
 
 
 def _expression(node: Node) -> str:
+    if node.op == INDEX:
+        return "the turn"
+    if node.op == PICK:
+        return f"{_text(node.args[0])}[{_text(node.args[1])}]"
+    if node.op == FLAG:
+        return f"flag({_text(node.args[0])})"
+    if node.op == CARRIED:
+        return f"{_text(node.args[0])}.value"
     if node.op == "getitem" and len(node.args) == 2:
         return f"{_text(node.args[0])}[{_index(node.args[1])}]"
     if node.op in _INFIX and len(node.args) == 2 and not node.kwargs:

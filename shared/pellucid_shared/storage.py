@@ -12,6 +12,7 @@ from .card import ModelCard, TensorLeaf, leaves
 from .clock import Clock
 from .errors import GradientError, OrderError
 from .flat import Flat
+from .flow import EITHER, FLAT_OPS, KEPT
 from .graph import (
     APPLY,
     BACKWARD,
@@ -183,8 +184,9 @@ class _Builder:
         ] = {}  # storage of a gradient -> those of the values set there
         self.last_set: dict[Root, int] = {}  # storage of a site or gradient -> the latest write to it
         self.last_edit: dict[Root, int] = {}  # storage -> the in-place op that made its latest version
+        self.chosen: dict[Root, list[int]] = {}  # storage -> nodes that name it or another
         for position, node in enumerate(self.flat.nodes):
-            needs = set(node.refs())
+            needs = set(self.flat.needs(position))
             edits = {self.last_edit[root] for r in needs for root in self.roots[r] if root in self.last_edit}
             self.waits.append(needs | edits)
             when = max((self.ready[w] for w in self.waits[position]), default=-1)
@@ -203,13 +205,18 @@ class _Builder:
                 needs_until, when = when, self.passing.when(position, node, when)
                 if node.op == SKIP and needs_until > when:
                     raise self._too_late(position)
-            elif node.op not in CORE_OPS:
+            elif node.op in (EITHER, KEPT):
+                roots, gets = self._chosen(position, node)
+            elif node.op not in CORE_OPS and node.op not in FLAT_OPS:
                 source, alias = aliased(node, bound[position])
                 if source is not None and alias is not Alias.FRESH:
                     roots = self.roots[source] | (roots if alias is Alias.MAYBE_VIEW else frozenset())
                     gets, base = self.gets[source], source
                 if source is not None and alias is Alias.INPLACE:
                     edited = roots
+                    # What may name it by now has to, before it is edited.
+                    self.waits[position] |= {c for root in roots for c in self.chosen.get(root, ())}
+                    when = max([when, *(self.ready[w] for w in self.waits[position])])
                     self._edit_in_time(position, when, gets)
                     self.last_edit.update(dict.fromkeys(edited, position))
             elif node.op == APPLY and returns_its_input(node.args[0].path, self.card):
@@ -316,18 +323,34 @@ class _Builder:
             return (self.ready[replaced], replaced) if given is None else self.made[given]
         return self.first_reads.get(site)
 
+    def _chosen(self, position: int, node: Node) -> tuple[frozenset[Root], frozenset[int]]:
+        """A node that is one of its last two arguments."""
+        values = set(refs(list(node.args[-2:])))
+        roots = frozenset([("node", position)]).union(*(self.roots[v] for v in values))
+        for root in roots:
+            self.chosen.setdefault(root, []).append(position)
+        return roots, frozenset[int]().union(*(self.gets[v] for v in values))
+
     def _edit_in_time(self, position: int, when: int, gets: frozenset[int]) -> None:
         for get in gets:
             node = self.flat.nodes[get]
             moved = "the backward pass" if node.op == GRAD else "the model"
             event = self.ready[get] if node.op == GRAD else self.clock.at(node.region, node.site)
             if when > event:
+                remedy = "Edit a copy instead: take .clone() of the value first"
+                if self._waits_for_condition(position, event):
+                    remedy = "Its condition can use only what exists when it is edited"
+                    if node.op != GRAD:
+                        remedy = "Its condition can use only what exists when the model reaches it"
                 raise OrderError(
                     f"this edits {name_of(self.flat, get)} in place, but can run only after {moved} has "
-                    f"moved on: it needs {self._latest(position)}. Edit a copy instead: take .clone() of the "
-                    "value first",
+                    f"moved on: it needs {self._latest(position)}. {remedy}",
                     node=self.flat.origin[position],
                 )
+
+    def _waits_for_condition(self, position: int, event: int) -> bool:
+        """Whether it is a node's conditions, and not its values, that come too late."""
+        return all(self.ready[r] <= event for r in self.flat.nodes[position].refs())
 
     def _too_late(self, position: int) -> OrderError:
         why = (
@@ -339,13 +362,16 @@ class _Builder:
         if needed.startswith("the gradient"):
             why = " (gradients exist only once the forward pass has ended)"
         node = self.flat.nodes[position]
+        site = replace(node.site, kind="input") if node.op == SKIP else node.site
+        late = self._waits_for_condition(position, self.clock.at(node.region, site))
+        how = "under a condition" if late else "with a value"
         what = f"{node.site} is written"
         if node.op == SKIP:
             what = f"{node.site.module} is skipped"
         return OrderError(
-            f"{what} with a value that needs {needed}, "
+            f"{what} {how} that needs {needed}, "
             f"which the model makes only later{why}. "
-            "A write can use only what exists when the model reaches it",
+            f"{'Its condition' if late else 'A write'} can use only what exists when the model reaches it",
             node=self.flat.origin[position],
         )
 
@@ -366,7 +392,7 @@ class _Builder:
 def keeps_literals(node: Node, bound: dict[str, Any] | None) -> bool:
     """Whether a literal that a node takes may live on in what it gives, where a later edit would meet it:
     each use of a literal is a tensor of its own."""
-    if node.op in CORE_OPS:
+    if node.op in CORE_OPS or node.op in FLAT_OPS:
         return node.op in (SET, APPLY)
     source, alias = aliased(node, bound)
     return source is None and alias is not Alias.FRESH

@@ -278,7 +278,7 @@ def _decode_slice(data: Any) -> slice:
     if not isinstance(data, list) or len(data) != 3:
         _bad(f"a slice is [start, stop, step], found {_brief(data)}")
     parts = [decode(v) for v in data]
-    if not all(p is None or (isinstance(p, int) and not isinstance(p, bool)) for p in parts):
+    if not all(p is None or (isinstance(p, int | Ref) and not isinstance(p, bool)) for p in parts):
         _bad(f"a slice holds whole numbers or null, found {_brief(data)}")
     return slice(*parts)
 

@@ -35,6 +35,7 @@ from pellucid_shared.values import RESULT, Ref, TensorRef, tensors
 
 from . import acts, emit
 from .backward import Gradients
+from .guards import guarded
 from .liveness import needed_nodes
 from .plan import Backward, Event, Get, Gradient, Group, Instruction, Pass, Plan, Save, Set
 
@@ -87,12 +88,15 @@ class _Compiler:
         for position in self.needed:
             node, when = self.flat.nodes[position], self._when(position)
             timed += [(when, position, emit.copy(position, *pair)) for pair in self.copies[position]]
-            timed += [(when, position, self._view(position, *view)) for view in self.views[position]]
+            conditions = self.flat.guards.get(position, ())
+            made = [self._view(position, *view) for view in self.views[position]]
+            timed += [(when, position, guarded(i, conditions)) for i in made]
             # A save shows the last version, so it comes after everything else of its event; an original is
             # from before everything.
             late = len(self.flat.nodes) * ((node.op == SAVE) - (node.op == ORIGINAL))
-            timed.append((when, position + late, self._instruction(position, node)))
-            timed += [(when, position, tracked) for tracked in self.gradients.track(position)]
+            timed.append((when, position + late, guarded(self._instruction(position, node), conditions)))
+            tracked = self.gradients.track(position)
+            timed += [(when, position, guarded(i, conditions)) for i in tracked]
             if (early := self.gradients.early(position, self.slots)) is not None:
                 self._new_slot()
                 timed += [(early[0], -1, instruction) for instruction in early[1]]

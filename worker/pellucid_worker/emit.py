@@ -10,6 +10,7 @@ from pellucid_shared.graph import APPLY, Node
 from pellucid_shared.ops import lookup
 from pellucid_shared.values import Device, DType, ModuleRef, Ref, TensorRef, Value, refs, substitute
 
+from . import guards
 from .kernels import kernel, takes_device
 from .plan import Call, Slots
 from .tensors import TORCH_DTYPES
@@ -50,6 +51,8 @@ def call(position: int, node: Node, slot_of: Callable[[Ref | TensorRef], int], r
         module = args.pop(0)
         assert isinstance(module, ModuleRef)
         return _instruction(position, _applied(runtime, module.path), args, kwargs)
+    if node.op in guards.KERNELS:
+        return _instruction(position, guards.KERNELS[node.op], args, kwargs)
     function = kernel(node.op)
     if takes_device(node.op):
         function = _on_device(runtime, function)
@@ -74,7 +77,7 @@ def parameter(position: int, node: Node, copied: bool, runtime: Runtime) -> Call
 
 def copy(position: int, source: int, out: int) -> Call:
     """The instruction that keeps the present version of a slot."""
-    return Call(position, _clone, (None,), {}, ((0, source),), None, out, (source,))
+    return Call(position, guards.keep, (None,), {}, ((0, source),), None, out, (source,))
 
 
 def view_or(made: Call, base: int | None, older: int) -> Call:
@@ -120,10 +123,6 @@ def _instruction(
         return Call(position, function, (), {}, (), builder((args, dict(kwargs))), position, used)
     fills = tuple((i, v.node) for i, v in enumerate(args) if isinstance(v, Ref))
     return Call(position, function, tuple(args), kwargs, fills, None, position, used)
-
-
-def _clone(tensor: Any) -> Any:
-    return tensor.clone()
 
 
 def _applied(runtime: Runtime, path: str) -> Callable[..., Any]:

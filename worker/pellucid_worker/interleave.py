@@ -18,10 +18,26 @@ from pellucid_shared.values import INSIDE, RESULT, ModuleRef, Site
 from . import inputs, packed, skips
 from .decode import Decoding
 from .gradients import Gradients
+from .guards import MISSING, by_turn, takes_missing
 from .inputs import Rows
 from .inside import Inside, eager_attention
 from .logs import Teller
-from .plan import Act, Backward, Call, Event, Get, Group, Instruction, Pass, Plan, Save, Set, Slots, Track
+from .plan import (
+    Act,
+    Backward,
+    Call,
+    Event,
+    Get,
+    Group,
+    Guarded,
+    Instruction,
+    Pass,
+    Plan,
+    Save,
+    Set,
+    Slots,
+    Track,
+)
 from .sites import ResultView, View
 from .skips import Around, Given
 
@@ -29,12 +45,6 @@ from .skips import Around, Given
 class _StopPassError(BaseException):
     """Unwinds the forward once nothing more of it is needed; no model code can mistake it for its own."""
 
-
-class _Missing:
-    """In a slot: what would have been made at a step that never ran."""
-
-
-_MISSING = _Missing()
 
 #: Told of the run as it goes: "token" with the trace, the step, and each live invoke's new ids; "log" with
 #: what a graph logs (see ``pellucid_shared.logs``).
@@ -74,8 +84,8 @@ class Run:
         self._ended: dict[tuple[int, int], int] = {}  # (trace, invoke) whose generation ended -> steps it had
         self._results: dict[tuple[int, int], torch.Tensor] = {}
         self._saved: dict[str, Any] = {}
-        self._entries: dict[str, dict[int, Any]] = {
-            to.name: {} for to in plan.flat.saves.values() if to.entry is not None
+        self._listed: dict[str, list[tuple[tuple[int, ...], Any]]] = {
+            to.name: [] for to in plan.flat.saves.values() if to.turns
         }
 
     @property
@@ -90,8 +100,7 @@ class Run:
             for group in self._plan.groups:
                 with self._gradients.of_trace(group.trace):
                     self._run_group(group)
-        listed = {name: [own[k] for k in sorted(own)] for name, own in self._entries.items()}
-        return {**self._saved, **listed}
+        return self._saved | {name: by_turn(entries) for name, entries in self._listed.items()}
 
     def apply(self, path: str, *args: Any, **kwargs: Any) -> Any:
         """Call a module of the model with every hook of this run off."""
@@ -293,7 +302,7 @@ class Run:
                 if self._ended and self._is_missing(instruction):
                     out = getattr(instruction, "out", None)
                     if out is not None:
-                        slots[out] = _MISSING
+                        slots[out] = MISSING
                     continue
                 if type(instruction) is Call:
                     if instruction.build is None:
@@ -320,6 +329,11 @@ class Run:
                     self._gradients.run(instruction, slots, self._carry_out)
                 elif isinstance(instruction, Act):
                     instruction.carry_out(slots, view, self)
+                elif type(instruction) is Guarded:
+                    if instruction.holds(slots):
+                        self._carry_out((instruction.inner,), view)
+                    elif isinstance(instruction.inner, Call | Get):
+                        slots[instruction.out] = MISSING
                 for slot in instruction.frees:
                     slots[slot] = None
         except PellucidError as error:
@@ -332,6 +346,8 @@ class Run:
 
     def _is_missing(self, instruction: Instruction) -> bool:
         """Whether an instruction belongs to a step that never ran; where that step had to run, an error."""
+        if takes_missing(instruction):
+            return False
         flat, position = self._plan.flat, instruction.node
         node, optional = flat.nodes[position], position in flat.optional
         if node.at is not None and node.site.kind != RESULT:
@@ -340,7 +356,7 @@ class Run:
                 if not optional:
                     raise SiteError(f"{node.site} was not reached: the generation ended after {had} steps")
                 return True
-        if not any(self._slots[slot] is _MISSING for slot in instruction.reads):
+        if not any(self._slots[slot] is MISSING for slot in instruction.reads):
             return False
         if node.op == SAVE and flat.saves[position].grown:
             return False
@@ -350,8 +366,8 @@ class Run:
 
     def _save(self, save: Save) -> None:
         value = _taken(save.build(self._slots), save.shared)
-        if save.to.entry is not None:
-            self._entries[save.to.name][save.to.entry] = value
+        if save.to.turns:
+            self._listed[save.to.name].append((save.to.turns, value))
         else:
             self._saved[save.to.name] = value
 
@@ -376,7 +392,7 @@ def _taken(value: Any, shared: bool) -> Any:
     if isinstance(
         value, list
     ):  # of a list that grew step by step, what steps that never ran would add is left out
-        return [_taken(v, shared) for v in value if v is not _MISSING]
+        return [_taken(v, shared) for v in value if v is not MISSING]
     if isinstance(value, tuple):
         return tuple(_taken(v, shared) for v in value)
     if isinstance(value, dict):

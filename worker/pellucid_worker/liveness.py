@@ -8,6 +8,7 @@ from typing import Any
 
 from pellucid_shared.backward import backwards
 from pellucid_shared.flat import Flat
+from pellucid_shared.flow import BOUND
 from pellucid_shared.graph import (
     APPLY,
     BACKWARD,
@@ -34,7 +35,7 @@ def needed_nodes(flat: Flat, timeline: Timeline) -> set[int]:
     (a replacement, an in-place op on a site's tensor, or a skip) is needed where the same invoke of the same
     trace reads a site then or later; a write to a gradient where its backward pass makes one then or later.
     """
-    saves = (i for i, node in enumerate(flat.nodes) if node.op in (SAVE, LOG))
+    saves = (i for i, node in enumerate(flat.nodes) if node.op in (SAVE, LOG, BOUND))
     return Needs(flat, timeline, saves).nodes
 
 
@@ -72,7 +73,7 @@ class Needs:
                 node = flat.nodes[position]
                 if not through(node):
                     continue
-                stack.extend(node.refs())
+                stack.extend(flat.needs(position))
                 self.roots |= timeline.roots[position]
                 if node.op in (GET, ORIGINAL):
                     self._read(("site", node.region, node.site.invoke), position)

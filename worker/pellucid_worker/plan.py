@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pellucid_shared.flat import Flat, SaveTo
+from pellucid_shared.flat import Flat, Guards, SaveTo
 from pellucid_shared.values import Site
 
 Slots = list[Any]
@@ -154,7 +154,27 @@ class Backward:
     frees: tuple[int, ...] = ()
 
 
-Instruction = Call | Get | Set | Save | Act | Track | Backward
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """Carry out ``inner`` only where each flag's slot holds what is wanted; else its result is missing.
+
+    Attributes:
+        node, reads, frees: as of every instruction.
+        out: the slot of the result; of an instruction without one, a slot it reads.
+    """
+
+    node: int
+    guards: Guards
+    inner: Call | Get | Set | Save | Act | Track
+    out: int
+    reads: tuple[int, ...]
+    frees: tuple[int, ...] = ()
+
+    def holds(self, slots: Slots) -> bool:
+        return all(slots[flag] is wanted for flag, wanted in self.guards)
+
+
+Instruction = Call | Get | Set | Save | Act | Track | Backward | Guarded
 
 
 @dataclass(frozen=True, slots=True)

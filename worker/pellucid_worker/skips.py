@@ -102,7 +102,11 @@ def install(
         pass_over: told of the calls that do not happen.
     """
     run.skipped.clear()
-    paths = {event.module for event in events if any(isinstance(i, Skip) for i in event.instructions)}
+    paths = {
+        event.module
+        for event in events
+        if any(isinstance(getattr(i, "inner", i), Skip) for i in event.instructions)
+    }
 
     def replaced(path: str) -> _Handle:
         module = model.get_submodule(path)
