@@ -31,6 +31,8 @@ CHECKS: dict[str, Any] = {
     "editing_generation": lambda texts: " green" in texts["forced"] and " green" not in texts["plain"],
     "token_indexing": lambda similarity: similarity.shape == (3, 3),
     "probing": lambda accuracy: max(accuracy.values()) >= 0.9,
+    "attribution_patching": lambda table: max(map(max, table)) > 1,
+    "attention_patterns": lambda first: len(first) == 9 and all(0 <= p <= 1 for p in first),
     "a_session": lambda said: said[0] != said[1],
 }
 
