@@ -97,9 +97,14 @@ def lint(graph: Graph) -> None:
     names: set[str] = set()
     left: set[int] = set()  # repeating regions that other nodes have followed
     inside: dict[int, list[int]] = {}  # region -> the repeating ones it stands in
+    last: dict[int, int] = {}  # region -> the last step its nodes run in, counted once: steps may be many
     for position, node in enumerate(graph.nodes):
         try:
             _lint_node(graph, position, node)
+            if node.at is not None:
+                if node.region not in last:
+                    last[node.region] = _last_step(graph, node.region)
+                _lint_step(graph, node, last[node.region])
             if node.op in GRADIENT_OPS:
                 _lint_gradient(graph, node, backwards)
             own = inside.setdefault(node.region, repeating(graph, node.region))
@@ -258,7 +263,7 @@ def _lint_gradient(graph: Graph, node: Node, count: int) -> None:
 
 
 def _lint_site(graph: Graph, node: Node) -> None:
-    site, each = node.site, each_of(graph, node.region)
+    site = node.site
     trace = graph.regions[graph.trace_of(node.region)]
     if graph.trace_of(node.region) < 0 or not isinstance(trace, Trace):
         _bad(f"{site} stands outside all traces")
@@ -275,11 +280,24 @@ def _lint_site(graph: Graph, node: Node) -> None:
         _bad("a trace that does not generate has no result; read the model's output")
     if not trace.generation and site.step:
         raise SiteError(f"{site} is at step {site.step}, and a trace has one step, 0")
-    steps = each.of(trace.steps) if each is not None else [0]
-    if steps and max(steps) + site.step >= trace.steps:
+
+
+def _lint_step(graph: Graph, node: Node, last: int) -> None:
+    trace = graph.regions[graph.trace_of(node.region)]
+    assert isinstance(trace, Trace)
+    if last + node.site.step >= trace.steps:
         raise SiteError(
-            f"{site} is at step {max(steps) + site.step}, and the generation has {trace.steps} (from 0)"
+            f"{node.site} is at step {last + node.site.step}, and the generation has {trace.steps} (from 0)"
         )
+
+
+def _last_step(graph: Graph, region: int) -> int:
+    """The last step that a region's nodes run in, where they name step 0; of a body for none, 0."""
+    each, trace = each_of(graph, region), graph.regions[graph.trace_of(region)]
+    if each is None:
+        return 0
+    assert isinstance(trace, Trace)
+    return max(each.of(trace.steps), default=0)
 
 
 def _lint_name(name: Any, taken: set[str]) -> None:
